@@ -1,0 +1,214 @@
+// Portable SIMD for `*.simd.cpp` files: one kernel source, compiled once per level. A vector holds kLanes floats:
+// 4 at `none` (SSE2 or NEON), 8 at `avx2`, 16 at `avx512`. GCC/Clang vector extensions give + - * / and comparisons;
+// this header adds what they lack: conversions, reductions, exp.
+//
+// Only <immintrin.h> and plain C headers may be included beside this file in a `*.simd.cpp` (no std templates: a wide
+// instantiation of an inline function could replace the baseline one at link time). Everything is level-local.
+#pragma once
+
+#include <stdint.h>
+#include <string.h>
+
+#if defined(__AVX2__) || defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
+#include "m3/api.h"
+
+#ifndef M3_LEVEL
+#error "vec.h belongs into *.simd.cpp files, which the build compiles with -DM3_LEVEL=..."
+#endif
+
+namespace m3 {
+namespace M3_LEVEL {
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int kLanes = 16;
+#elif defined(__AVX2__)
+constexpr int kLanes = 8;
+#else
+constexpr int kLanes = 4;
+#endif
+
+typedef float F32 __attribute__((vector_size(4 * kLanes)));
+typedef int32_t I32 __attribute__((vector_size(4 * kLanes)));
+typedef uint32_t U32 __attribute__((vector_size(4 * kLanes)));
+typedef uint16_t U16 __attribute__((vector_size(2 * kLanes)));
+
+constexpr float kInf = __builtin_inff();
+
+inline F32 splat(float x) { return x - F32{}; }
+
+struct BF16 { uint16_t bits; };
+struct F16 { uint16_t bits; };
+
+// ---- scalar conversions ------------------------------------------------------------------------------------------
+
+inline float to_float(float x) { return x; }
+
+inline float to_float(BF16 x) {
+  const uint32_t u = static_cast<uint32_t>(x.bits) << 16;
+  float f;
+  memcpy(&f, &u, 4);
+  return f;
+}
+
+inline float to_float(F16 x) {
+#if defined(__F16C__)
+  return _cvtsh_ss(x.bits);
+#else
+  const uint32_t sign = static_cast<uint32_t>(x.bits & 0x8000u) << 16, rest = x.bits & 0x7fffu;
+  uint32_t u;
+  if (rest >= 0x7c00u) {
+    u = sign | 0x7f800000u | ((rest & 0x3ffu) << 13);
+  } else if (rest >= 0x400u) {
+    u = sign | ((rest << 13) + 0x38000000u);
+  } else {  // subnormal: rest * 2^-24
+    const float f = static_cast<float>(rest) * 0x1p-24f;
+    memcpy(&u, &f, 4);
+    u |= sign;
+  }
+  float f;
+  memcpy(&f, &u, 4);
+  return f;
+#endif
+}
+
+inline void from_float(float x, float* out) { *out = x; }
+
+inline void from_float(float x, BF16* out) {
+  uint32_t u;
+  memcpy(&u, &x, 4);
+  out->bits = x != x ? 0x7fc0 : static_cast<uint16_t>((u + 0x7fffu + ((u >> 16) & 1u)) >> 16);
+}
+
+inline void from_float(float x, F16* out) {
+#if defined(__F16C__)
+  out->bits = _cvtss_sh(x, 0);
+#else
+  uint32_t u;
+  memcpy(&u, &x, 4);
+  const uint32_t sign = (u >> 16) & 0x8000u;
+  u &= 0x7fffffffu;
+  uint32_t h;
+  if (u > 0x7f800000u) {
+    h = 0x7e00u;
+  } else if (u >= 0x477ff000u) {  // rounds to 65536 or beyond
+    h = 0x7c00u;
+  } else if (u >= 0x38800000u) {
+    h = (u - 0x38000000u + 0xfffu + ((u >> 13) & 1u)) >> 13;
+  } else {  // subnormal: adding 0.5 lines the mantissa up and rounds to nearest even
+    float f;
+    memcpy(&f, &u, 4);
+    f += 0.5f;
+    memcpy(&h, &f, 4);
+    h -= 0x3f000000u;
+  }
+  out->bits = static_cast<uint16_t>(sign | h);
+#endif
+}
+
+// ---- kLanes elements at a time -------------------------------------------------------------------------------------
+
+inline F32 load(const float* p) {
+  F32 v;
+  memcpy(&v, p, sizeof v);
+  return v;
+}
+
+inline F32 load(const BF16* p) {
+  U16 h;
+  memcpy(&h, p, sizeof h);
+  return reinterpret_cast<F32>(__builtin_convertvector(h, U32) << 16);
+}
+
+inline F32 load(const F16* p) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<F32>(_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
+#elif defined(__AVX2__)
+  return reinterpret_cast<F32>(_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+#else
+  F32 v;
+  for (int i = 0; i < kLanes; ++i) v[i] = to_float(p[i]);
+  return v;
+#endif
+}
+
+inline void store(float* p, F32 v) { memcpy(p, &v, sizeof v); }
+
+inline void store(BF16* p, F32 v) {
+  const U32 u = reinterpret_cast<U32>(v);
+  const U32 rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
+  const U32 nan = reinterpret_cast<U32>(v != v);
+  const U16 h = __builtin_convertvector((rounded & ~nan) | (nan & 0x7fc0u), U16);
+  memcpy(p, &h, sizeof h);
+}
+
+inline void store(F16* p, F32 v) {
+#if defined(__AVX512F__)
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(reinterpret_cast<__m512>(v), 0));
+#elif defined(__AVX2__)
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(reinterpret_cast<__m256>(v), 0));
+#else
+  for (int i = 0; i < kLanes; ++i) from_float(v[i], p + i);
+#endif
+}
+
+inline F32 select(I32 mask, F32 yes, F32 no) {
+  const I32 a = reinterpret_cast<I32>(yes), b = reinterpret_cast<I32>(no);
+  return reinterpret_cast<F32>((a & mask) | (b & ~mask));
+}
+
+inline F32 max(F32 a, F32 b) { return select(a > b, a, b); }
+
+// Pairwise, so that every level sums in a fixed order of its own.
+inline float sum(F32 v) {
+  float lane[kLanes];
+  store(lane, v);
+  for (int n = kLanes / 2; n > 0; n /= 2)
+    for (int i = 0; i < n; ++i) lane[i] += lane[i + n];
+  return lane[0];
+}
+
+inline float max(F32 v) {
+  float lane[kLanes];
+  store(lane, v);
+  float m = lane[0];
+  for (int i = 1; i < kLanes; ++i) m = lane[i] > m ? lane[i] : m;
+  return m;
+}
+
+// exp for x <= 88: relative error < 2e-7; 0 below -87.3 (so exp(-inf) = 0). Range reduction by ln 2 in two parts, then
+// a degree-6 Taylor polynomial on [-ln2/2, ln2/2].
+inline F32 exp(F32 x) {
+  const I32 vanish = x < splat(-87.3f);
+  x = select(vanish, splat(0.f), x);
+  const F32 shifted = x * 1.44269504f + 12582912.f;  // 1.5 * 2^23: the sum rounds to an integer in the low mantissa
+  const F32 n = shifted - 12582912.f;
+  const F32 r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+  F32 p = splat(1.f / 720.f);
+  p = p * r + 1.f / 120.f;
+  p = p * r + 1.f / 24.f;
+  p = p * r + 1.f / 6.f;
+  p = p * r + 0.5f;
+  p = p * r + 1.f;
+  p = p * r + 1.f;
+  const I32 scale = (__builtin_convertvector(n, I32) + 127) << 23;
+  return select(vanish, splat(0.f), p * reinterpret_cast<F32>(scale));
+}
+
+// Runs `body(tag)` with a value of the element type named by `dtype`.
+template <class Body>
+inline void with_dtype(m3_dtype dtype, const Body& body) {
+  if (dtype == M3_BF16)
+    body(BF16{});
+  else if (dtype == M3_F16)
+    body(F16{});
+  else
+    body(0.f);
+}
+
+}  // namespace
+}  // namespace M3_LEVEL
+}  // namespace m3

@@ -1,0 +1,20 @@
+"""Kernels for explicit memory: select, gather, dequantise and attend, as torch operators in the namespace `memory3`.
+
+Importing needs torch alone: without the native library every op runs on its PyTorch reference
+(`python -m memory3_kernels.doctor` says what is loaded and why not).
+"""
+
+from ._load import load as _load_native
+
+_load_native()
+
+from ._backends import explain, use_backend  # noqa: E402
+from .ops.merge_attention_states import merge_attention_states  # noqa: E402
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "explain",
+    "merge_attention_states",
+    "use_backend",
+]

@@ -1,0 +1,112 @@
+"""Which implementation serves an op: a table, visible (`explain`) and overridable (`use_backend`, `M3_BACKEND`).
+
+Automatic choice is the dispatcher's: the native kernel where the library is loaded, else the PyTorch reference that
+every op registers under CompositeExplicitAutograd. Only float64, which no native kernel takes, is sent to the
+reference by the public functions.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+
+from . import _load
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One way to run ops. `refuses(op, args)` gives the reason it cannot serve a call, or None."""
+
+    name: str
+    refuses: Callable[[object, tuple], str | None]
+
+
+def _native_refuses(op, args) -> str | None:
+    if _load.native_reason():
+        return f"the native library is not loaded: {_load.native_reason()}"
+    for value in args:
+        if isinstance(value, torch.Tensor):
+            if value.device.type != "cpu":
+                return f"native kernels are built for cpu only, an argument is on {value.device}"
+            if value.dtype is torch.float64:
+                return "native kernels take float32, bfloat16 and float16, an argument is float64"
+    return None
+
+
+BACKENDS = {
+    "native": Backend("native", _native_refuses),
+    "reference": Backend("reference", lambda op, args: None),
+}
+
+_forced: dict[str, str] = {}
+
+
+def _parse(spec: str) -> dict[str, str]:
+    """"reference" or "memory_decode:reference,select_tokens:native" -> {op or "*": backend}."""
+    forced = {}
+    for part in filter(None, (p.strip() for p in spec.split(","))):
+        op, _, backend = part.rpartition(":")
+        if backend not in BACKENDS:
+            raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {backend!r} in {spec!r}")
+        forced[op or "*"] = backend
+    return forced
+
+
+_forced.update(_parse(os.environ.get("M3_BACKEND", "")))
+
+
+@contextmanager
+def use_backend(spec: str):
+    """Forces a backend inside a block: `use_backend("reference")`, or per op: `use_backend("memory_decode:native")`.
+
+    A forced backend that cannot serve a call raises RuntimeError with its reason instead of falling through.
+    `M3_BACKEND` sets the same from outside.
+
+    Raises:
+        ValueError: an unknown backend.
+    """
+    before = dict(_forced)
+    _forced.update(_parse(spec))
+    try:
+        yield
+    finally:
+        _forced.clear()
+        _forced.update(before)
+
+
+def forced(op_name: str) -> str | None:
+    return _forced.get(op_name, _forced.get("*")) if _forced else None
+
+
+def choose(op, args: tuple) -> str:
+    """The backend for a call.
+
+    Raises:
+        RuntimeError: a forced backend cannot serve it.
+    """
+    wanted = forced(op.name)
+    if wanted is not None:
+        reason = BACKENDS[wanted].refuses(op, args)
+        if reason:
+            raise RuntimeError(f"{op.name}: the forced backend {wanted!r} cannot serve this call: {reason}")
+        return wanted
+    return next(name for name, backend in BACKENDS.items() if backend.refuses(op, args) is None)
+
+
+def explain(name: str, *args) -> str:
+    """Says which backend would serve `memory3::<name>` for these arguments, and why the others would not."""
+    from ._registry import OPS
+
+    op = OPS[name.removeprefix("memory3::")]
+    wanted = forced(op.name)
+    lines = [f"memory3::{op.name}" + (f" (forced: {wanted})" if wanted else "")]
+    chosen = choose(op, args)
+    for backend in BACKENDS.values():
+        reason = backend.refuses(op, args)
+        state = "chosen" if backend.name == chosen else reason or "available"
+        lines.append(f"  {backend.name:10s} {state}")
+    return "\n".join(lines)

@@ -1,0 +1,133 @@
+"""Op contracts: each file in `ops/` declares one `Op`; this module turns it into a registered torch operator.
+
+The schema is defined here, in Python, so the op exists, traces and runs on any machine; compiled code only adds
+kernels for device keys. Tests and benchmarks iterate over `OPS`: nothing about an op is written twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+
+from . import _backends
+
+NAMESPACE = "memory3"
+_library = torch.library.Library(NAMESPACE, "DEF")
+OPS: dict[str, Op] = {}
+
+HALF = (torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One sample call. `make(dtype, generator)` returns (args, kwargs), CPU tensors, deterministic in the generator."""
+
+    id: str
+    make: Callable[[torch.dtype, torch.Generator], tuple[tuple, dict]]
+    grad: tuple[int, ...] = ()  # positions of the arguments that get gradients in the gradient tests
+    poison: tuple[int, ...] = ()  # positions whose NaN entries are padding the op must not read
+    slow: bool = False
+    bench: bool = False  # part of the benchmark suites
+
+
+@dataclass(frozen=True)
+class BadCase:
+    """A call every backend must refuse with RuntimeError, its message matching `match`. `fake` too, unless value-dependent."""
+
+    id: str
+    make: Callable[[], tuple[tuple, dict]]
+    match: str
+    fake: bool = True
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Work of one call, counted by hand: compulsory bytes moved and floating-point operations."""
+
+    bytes: int
+    flops: int
+
+
+@dataclass(frozen=True)
+class Op:
+    """The whole contract of an operator.
+
+    Attributes:
+        name: `memory3::<name>`.
+        schema: the dispatcher schema, without the name.
+        reference: plain PyTorch, differentiable where the op is, also float64; the truth for every other backend.
+        fake: shapes and dtypes of the outputs; holds the shape and dtype checks (torch._check).
+        cases, bad_cases: sample calls for the generic tests and benchmarks.
+        cost: `cost(*args, **kwargs) -> Cost`.
+        tolerance: relative error allowed per dtype of the first tensor argument (norm of the difference over norm).
+        dtypes: element types the cases are run with.
+        setup_context, backward: as torch.library.register_autograd takes them; None: asking for a gradient raises.
+        compare: `compare(actual, expected, args, kwargs, tolerance)` where outputs are not comparable one by one.
+        mutates: positions of arguments the op writes to.
+    """
+
+    name: str
+    schema: str
+    reference: Callable
+    fake: Callable
+    cases: Callable[[], Iterable[Case]]
+    bad_cases: Callable[[], Iterable[BadCase]]
+    cost: Callable[..., Cost]
+    tolerance: Mapping[torch.dtype, float]
+    dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16)
+    setup_context: Callable | None = None
+    backward: Callable | None = None
+    compare: Callable | None = None
+    mutates: tuple[int, ...] = ()
+    overload: Callable = field(init=False, repr=False)
+
+    def __call__(self, *args, **kwargs):
+        """Calls the op: through the dispatcher, or a forced backend (`_backends.use_backend`)."""
+        backend = _backends.forced(self.name)
+        if backend is None and not any(isinstance(a, torch.Tensor) and a.dtype is torch.float64 for a in args):
+            return self.overload(*args, **kwargs)
+        if backend is not None:
+            _backends.choose(self, args)  # raises where the forced backend cannot serve
+        if backend == "native":
+            return self.overload(*args, **kwargs)
+        if self.backward is None:
+            refuse_gradient(self.name, args)
+        return self.reference(*args, **kwargs)
+
+
+def refuse_gradient(name: str, args: Iterable) -> None:
+    """Raises RuntimeError if a tensor among `args` asks for a gradient that the op does not have."""
+    if torch.is_grad_enabled() and any(isinstance(a, torch.Tensor) and a.requires_grad for a in args):
+        raise RuntimeError(
+            f"memory3::{name} has no gradient, but an argument requires one: detach it, or call under torch.no_grad()"
+        )
+
+
+def _forbid_gradient(op: Op) -> None:
+    """An Autograd kernel that refuses, instead of a result silently cut off from the graph."""
+
+    def forward_only(keyset, *args, **kwargs):
+        refuse_gradient(op.name, args)
+        with torch._C._AutoDispatchBelowAutograd():
+            return op.overload.redispatch(keyset & torch._C._after_autograd_keyset, *args, **kwargs)
+
+    _library.impl(op.name, forward_only, "Autograd", with_keyset=True)
+
+
+def register(op: Op) -> Op:
+    """Defines `memory3::<name>` with its fake, its reference as fallback kernel and its gradient; returns the op."""
+    if op.name in OPS:
+        raise ValueError(f"op {op.name!r} is registered twice")
+    _library.define(op.name + op.schema)
+    qualified = f"{NAMESPACE}::{op.name}"
+    object.__setattr__(op, "overload", getattr(getattr(torch.ops, NAMESPACE), op.name).default)
+    _library.impl(op.name, op.reference, "CompositeExplicitAutograd")
+    torch.library.register_fake(qualified, op.fake, lib=_library)
+    if op.backward is not None:
+        torch.library.register_autograd(qualified, op.backward, setup_context=op.setup_context, lib=_library)
+    elif not op.mutates:
+        _forbid_gradient(op)
+    OPS[op.name] = op
+    return op
