@@ -50,11 +50,14 @@ class Ninja:
     """Collects the edges of a build.ninja."""
 
     def __init__(self, out: Path, cxx: str):
-        self.out, self.lines = out, [
-            "ninja_required_version = 1.5",
-            f"rule cc\n  command = {cxx} -MMD -MF $out.d $flags -c $in -o $out\n  depfile = $out.d\n  deps = gcc",
-            f"rule link\n  command = {cxx} -shared $in $flags -o $out",
-        ]
+        self.out, self.lines = (
+            out,
+            [
+                "ninja_required_version = 1.5",
+                f"rule cc\n  command = {cxx} -MMD -MF $out.d $flags -c $in -o $out\n  depfile = $out.d\n  deps = gcc",
+                f"rule link\n  command = {cxx} -shared $in $flags -o $out",
+            ],
+        )
         self.products: list[Path] = []
 
     def compile(self, source: Path, flags: list[str], tag: str = "") -> str:
@@ -88,7 +91,9 @@ def build(package_dir: Path, work_dir: Path, list_commands: bool = False) -> lis
     """
     torch_dir = find_torch.find()
     if torch_dir is None:
-        raise RuntimeError("torch >= 2.13 is needed to build: pip install 'torch>=2.13', or set M3_TORCH_DIR to its folder")
+        raise RuntimeError(
+            "torch >= 2.13 is needed to build: pip install 'torch>=2.13', or set M3_TORCH_DIR to its folder"
+        )
     cxx = os.environ.get("CXX", "g++")
     if shutil.which(cxx) is None:
         raise RuntimeError(f"no C++ compiler: {cxx!r} is not on PATH (apt-get install g++, or set CXX)")
@@ -113,7 +118,13 @@ def build(package_dir: Path, work_dir: Path, list_commands: bool = False) -> lis
         "-Wl,-soname,libm3_cpu.so", f"-Wl,--version-script={CSRC}/exports.map", "-static-libstdc++", "-static-libgcc",
         "-Wl,-z,defs"])  # fmt: skip
 
-    stable = [*common, "-isystem", f"{torch_dir}/include", f"-DTORCH_TARGET_VERSION={TORCH_FLOOR}", "-DTORCH_STABLE_ONLY"]
+    stable = [
+        *common,
+        "-isystem",
+        f"{torch_dir}/include",
+        f"-DTORCH_TARGET_VERSION={TORCH_FLOOR}",
+        "-DTORCH_STABLE_ONLY",
+    ]
     objects = [ninja.compile(source, stable) for source in sorted((CSRC / "torch").glob("*.cpp"))]
     here = "-Wl,-rpath,'$$ORIGIN'"
     ninja.link(lib_dir / "libm3_torch.so", objects, [

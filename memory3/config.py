@@ -20,7 +20,7 @@ class ModelConfig:
     """A decoder: RMSNorm, RoPE, grouped-query attention, gated SiLU MLP, no biases.
 
     `rope_scaling` is None or a dict as in a Hugging Face config: {"rope_type": "linear", "factor": f} or
-    {"rope_type": "llama3", "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}.
+    {"rope_type": "llama3"} with factor, low_freq_factor, high_freq_factor, original_max_position_embeddings.
     `max_context` counts positions. `tied`: the output head is the embedding matrix.
     Raises ValueError when the numbers do not fit together.
     """
@@ -57,7 +57,7 @@ class ModelConfig:
         )
         _require(
             self.head_dim % 8 == 0 and self.head_dim <= 256,
-            f"head_dim must be a multiple of 8, at most 256 (limits of the attention ops), got {self.head_dim}",
+            f"head_dim must be a multiple of 8, at most 256 (as the attention ops need), got {self.head_dim}",
         )
         kind = self.rope_type
         _require(
@@ -82,8 +82,8 @@ class MemoryConfig:
     """Which layers and heads hold explicit memory, and how references become memories.
 
     layers           ascending layer numbers that read and write memory
-    head_map         per memory layer, [Hkv] record heads or -1 (that KV head reads no memory); every record head
-                     0..Hm-1 appears exactly once in each layer. None: every KV head has its own record head.
+    head_map         per memory layer, [Hkv] record heads or -1 (that KV head reads no memory); every record
+                     head 0..Hm-1 appears exactly once in each layer. None: every KV head has its own.
     tokens           K, tokens kept per head
     span             positions kept free for memories, and the most tokens a reference may have
     rule             "received" (Memory3 section 3.2: no mask, no RoPE), "exp" (its logsumexp form), "causal"
@@ -141,8 +141,8 @@ class MemoryConfig:
         for i, row in enumerate(maps):
             _require(
                 sorted(h for h in row if h >= 0) == list(range(count)) and min(row) >= -1,
-                f"head_map row {i} (layer {self.layers[i]}) must hold each record head 0..{count - 1} exactly once "
-                f"and -1 elsewhere, got {row}",
+                f"head_map row {i} (layer {self.layers[i]}) must hold each record head 0..{count - 1} "
+                f"exactly once and -1 elsewhere, got {row}",
             )
 
     @property
@@ -190,7 +190,7 @@ class MemoryConfig:
 
 
 class Preset(NamedTuple):
-    """A named shape; `package` is the Python package whose files hold the weights, None where there are none."""
+    """A named shape; `package` is the Python package that holds the weights `file`, if any."""
 
     model: ModelConfig
     memory: MemoryConfig
@@ -198,8 +198,8 @@ class Preset(NamedTuple):
     file: str | None = None
 
 
-# Memory3's 2.4B model (sections 3.4 and 4.3). RoPE base, norm and context are not stated there; its tokenizer is
-# not public, so the prefix is left to whoever has one (LLaMA 2's <s> is token 1).
+# Memory3's 2.4B model (sections 3.4 and 4.3). RoPE base, norm and context are not stated there; its tokenizer
+# is not public, so the prefix is left to whoever has one (LLaMA 2's <s> is token 1).
 _PAPER = Preset(
     ModelConfig(
         vocab_size=60416,
@@ -215,8 +215,8 @@ _PAPER = Preset(
     MemoryConfig(layers=tuple(range(22)), tokens=8, rule="received", prefix_ids=(1,), context_bos_ids=(1,)),
 )
 
-# Band, K and rule measured on the unadapted checkpoint (`memory3 calibrate`); ids are "<|im_start|>Reference:" and
-# "<|im_start|>", the checkpoint's bos id, of its own tokenizer.
+# Band, K and rule measured on the unadapted checkpoint (`memory3 calibrate`); the ids are those of
+# "<|im_start|>Reference:" and "<|im_start|>" (the checkpoint's bos id) in its own tokenizer.
 _SMOLLM2 = Preset(
     ModelConfig(
         vocab_size=49152,

@@ -17,8 +17,8 @@ FORMAT_VERSION = 1
 class Identity:
     """Everything that must agree before a record may be read.
 
-    model_hash is of the base checkpoint (and adapter), whatever precision runs it; codec is "dense" or a codec name
-    with the hash of its books; embedder names the retriever's text encoder.
+    model_hash is of the base checkpoint (and adapter), whatever precision runs it; codec is "dense" or
+    a codec name with the hash of its books; embedder names the retriever's text encoder.
     """
 
     model_hash: str
@@ -72,7 +72,7 @@ class Identity:
         return hashlib.sha256(self.to_json().encode())
 
     def record_id(self, token_ids: Sequence[int]) -> bytes:
-        """16 bytes: SHA-256 of the header's JSON followed by the reference's token ids as little-endian u32."""
+        """16 bytes: SHA-256 of the header's JSON and then the reference's token ids as little-endian u32."""
         state = self._header_state.copy()
         state.update(_u32_bytes(token_ids))
         return state.digest()[:16]

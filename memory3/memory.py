@@ -15,9 +15,9 @@ from .config import MemoryConfig, ModelConfig
 class Memory:
     """One reference as sparse key-values (Memory3, arXiv 2407.01178, section 3.2).
 
-    kv         [Lm, 2, Hm, K, D], the model's dtype, contiguous, CPU; plane 0 keys after RoPE at position m + pos,
-               plane 1 values; tokens ascending by position; rows >= n_valid are zero
-    pos        int32 [Lm, Hm, K], 0-based position within the reference, -1 none; None: unknown (made by hand)
+    kv         [Lm, 2, Hm, K, D], the model's dtype, contiguous, CPU; plane 0 keys after RoPE at position
+               m + pos, plane 1 values; tokens ascending by position; rows >= n_valid are zero
+    pos        int32 [Lm, Hm, K], 0-based position within the reference, -1 none or unknown (made by hand)
     n_valid    valid tokens per head, the same for all heads
     token_ids  the reference's tokens, without the prefix; text: the reference's text (both may be empty)
     bias       fp32 [Lm, Hm, K] added to the scores (natural log), or None
@@ -47,9 +47,8 @@ class Memory:
             if value is None:
                 continue
             if tuple(value.shape) != (layers, heads, tokens):
-                raise ValueError(
-                    f"{name} must be [layers, heads, tokens] = {(layers, heads, tokens)}, got {tuple(value.shape)}"
-                )
+                want = (layers, heads, tokens)
+                raise ValueError(f"{name} must be [layers, heads, tokens] = {want}, got {tuple(value.shape)}")
             setattr(self, name, value.to(dtype).contiguous())
 
     @property
@@ -65,8 +64,8 @@ class Memory:
         for name, mine, theirs in zip(names, self.kv.shape, want, strict=True):
             if mine != theirs:
                 raise ValueError(
-                    f"memory kv {tuple(self.kv.shape)} has {mine} {name}, the model reads {theirs} (kv {want}); "
-                    "write it with this model and memory configuration, or pad tokens and lower n_valid"
+                    f"memory kv {tuple(self.kv.shape)} has {mine} {name}, the model reads {theirs} "
+                    f"(kv {want}); write it with this model and memory configuration, or pad tokens and lower n_valid"
                 )
         if self.kv.dtype != dtype:
             raise ValueError(
@@ -101,7 +100,7 @@ def stack_memories(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """A small arena that holds just these memories, memory i in slot i.
 
-    Returns kv [S, Lm, 2, Hm, K, D], length int32 [S], bias fp32 [S, Lm, Hm, K] or None when no memory has one.
+    Returns kv [S, Lm, 2, Hm, K, D], length int32 [S], bias fp32 [S, Lm, Hm, K] or None where none has one.
     Raises ValueError naming the memory and the field that does not fit.
     """
     shape = memory.record_shape(model)

@@ -46,7 +46,7 @@ _forced: dict[str, str] = {}
 
 
 def _parse(spec: str) -> dict[str, str]:
-    """"reference" or "memory_decode:reference,select_tokens:native" -> {op or "*": backend}."""
+    """ "reference" or "memory_decode:reference,select_tokens:native" -> {op or "*": backend}."""
     forced = {}
     for part in filter(None, (p.strip() for p in spec.split(","))):
         op, _, backend = part.rpartition(":")

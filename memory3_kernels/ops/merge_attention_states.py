@@ -28,9 +28,7 @@ def _check(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> None:
             lambda name=name, lse=lse: f"{name}: expected shape {list(out_a.shape[:2])}, got {list(lse.shape)}",
         )
         wanted = torch.float64 if out_a.dtype is torch.float64 else torch.float32
-        torch._check(
-            lse.dtype == wanted, lambda name=name, lse=lse: f"{name}: expected {wanted}, got {lse.dtype}"
-        )
+        torch._check(lse.dtype == wanted, lambda name=name, lse=lse: f"{name}: expected {wanted}, got {lse.dtype}")
 
 
 def fake(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
@@ -101,7 +99,9 @@ def bad_cases():
 
         return make
 
-    yield BadCase("out_b-shape", broken(2, torch.zeros(2, 3, 16)), r"out_b: expected shape \[2, 3, 8\], got \[2, 3, 16\]")
+    yield BadCase(
+        "out_b-shape", broken(2, torch.zeros(2, 3, 16)), r"out_b: expected shape \[2, 3, 8\], got \[2, 3, 16\]"
+    )
     yield BadCase("lse_a-shape", broken(1, torch.zeros(3, 2)), r"lse_a: expected shape \[2, 3\], got \[3, 2\]")
     yield BadCase("lse_b-dtype", broken(3, torch.zeros(2, 3, dtype=torch.bfloat16)), "lse_b: expected .*[fF]loat")
 
