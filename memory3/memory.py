@@ -65,12 +65,10 @@ class Memory:
             if mine != theirs:
                 raise ValueError(
                     f"memory kv {tuple(self.kv.shape)} has {mine} {name}, the model reads {theirs} "
-                    f"(kv {want}); write it with this model and memory configuration, or pad tokens and lower n_valid"
+                    f"(kv {want}); write it with this model's memory configuration, or pad tokens and set n_valid"
                 )
         if self.kv.dtype != dtype:
-            raise ValueError(
-                f"memory kv must have the model's dtype {dtype}, got {self.kv.dtype}; use kv.to(dtype)"
-            )
+            raise ValueError(f"memory kv must have the model's dtype {dtype}, got {self.kv.dtype}; use kv.to(dtype)")
 
 
 @dataclass
@@ -108,9 +106,7 @@ def stack_memories(
         return torch.empty((0, *shape), dtype=dtype), torch.empty(0, dtype=torch.int32), None
     for i, item in enumerate(memories):
         if not isinstance(item, Memory):
-            raise TypeError(
-                f"memories[{i}] must be a Memory (model.write(text) makes one), got {type(item).__name__}"
-            )
+            raise TypeError(f"memories[{i}] must be a Memory (model.write(text) makes one), got {type(item).__name__}")
         try:
             item.check(model, memory, dtype)
         except ValueError as error:

@@ -1,0 +1,309 @@
+"""A decoder of the Llama family that reads explicit memory in its memory layers.
+
+Rows of all sequences are packed; every layer is one call of `memory_attention` (prefill, training) or
+`memory_decode`, with no memory slots in layers that hold no memory (Memory3, arXiv 2407.01178, section 3.2).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from memory3_kernels import memory_attention, memory_decode
+
+from ..config import MemoryConfig, ModelConfig
+from ..memory import MemoryRead
+from .cache import KVCache, Prefix
+from .layers import Block, Linear, RMSNorm
+from .rope import Rope
+
+Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+
+
+class Llama(nn.Module):
+    """Weights and the three ways to run them: packed forward, prefill into a cache, decode from a cache.
+
+    Parameters are uninitialised; a checkpoint loader or `init_weights` fills them.
+    `memory` says which layers read memory; without it no call may pass a MemoryRead.
+    """
+
+    def __init__(self, config: ModelConfig, memory: MemoryConfig | None = None) -> None:
+        super().__init__()
+        if memory is not None:
+            memory.check(config)
+        self.config = config
+        self.memory = memory
+        self.embed = nn.Parameter(torch.empty(config.vocab_size, config.dim))
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
+        self.norm = RMSNorm(config.dim, config.norm_eps)
+        self.head = Linear(config.dim, config.vocab_size, self.embed if config.tied else None)
+        self.scale = config.head_dim**-0.5
+        self.rope = Rope(config)
+        self._memory_index = {layer: i for i, layer in enumerate(memory.layers)} if memory else {}
+        self._head_maps: list[Tensor] | None = None
+        if memory is not None and memory.head_map is not None:
+            with torch.device("cpu"):
+                self._head_maps = [torch.tensor(row, dtype=torch.int32) for row in memory.head_map]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.embed.dtype
+
+    @torch.no_grad()
+    def init_weights(self, seed: int = 0, std: float = 0.02) -> Llama:
+        """Normal weights (layer outputs scaled by 1/sqrt(2 L), as GPT-2), unit norms."""
+        generator = torch.Generator().manual_seed(seed)
+        small = std / (2 * self.config.n_layers) ** 0.5
+        for name, weight in self.named_parameters():
+            if weight.dim() == 1:
+                weight.fill_(1.0)
+            else:
+                weight.normal_(0.0, small if name.endswith(("out.weight", "down.weight")) else std, generator=generator)
+        return self
+
+    # -- pieces shared by all three ways ------------------------------------------------------------------
+
+    def split(self, qkv: Tensor, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """[T, Hq + 2 Hkv, D] before RoPE -> rotated q [T, Hq, D], rotated k and plain v [T, Hkv, D]."""
+        hq, hkv = self.config.n_heads, self.config.n_kv_heads
+        rotated = self.rope.rotate(qkv[:, : hq + hkv], rotary)
+        return rotated[:, :hq], rotated[:, hq:], qkv[:, hq + hkv :]
+
+    def _run(self, tokens: Tensor, positions: Sequence[int], attend: Attend) -> Tensor:
+        x = self.embed[tokens]
+        rotary = self.rope.at(torch.tensor(positions, dtype=torch.int64, device=tokens.device), x.dtype)
+        for layer, block in enumerate(self.blocks):
+            q, k, v = self.split(block.project(x), rotary)
+            x = block.finish(x, attend(layer, q, k, v))
+        return x
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Hidden rows [T, dim] of the last layer -> fp32 logits [T, V]."""
+        return self.head(self.norm(hidden)).float()
+
+    def memory_args(self, layer: int, read: MemoryRead | None, count: int) -> tuple:
+        """The six memory operands of the ops for one layer; `count` chunks (or sequences)."""
+        index = self._memory_index.get(layer, -1)
+        if read is None or index < 0:
+            device = self.embed.device
+            none = torch.empty((0, self.config.n_kv_heads, 1, self.config.head_dim), dtype=self.dtype, device=device)
+            lengths = torch.empty(0, dtype=torch.int32, device=device)
+            return none, none, torch.empty((count, 0), dtype=torch.int32, device=device), lengths, None, None
+        bias = None if read.bias is None else read.bias[:, index]
+        head_map = None if self._head_maps is None else self._head_maps[index].to(read.slots.device)
+        return read.kv[:, index, 0], read.kv[:, index, 1], read.slots, read.length, bias, head_map
+
+    def _check_read(self, read: MemoryRead | None, chunks: int | None) -> None:
+        if read is None:
+            return
+        if self.memory is None:
+            raise ValueError("read needs a model with a memory configuration; pass memory=MemoryConfig(...)")
+        want = self.memory.record_shape(self.config)
+        if tuple(read.kv.shape[1:]) != want or read.kv.dtype != self.dtype:
+            raise ValueError(
+                f"read.kv must be [S, {', '.join(map(str, want))}] of {self.dtype}, "
+                f"got {tuple(read.kv.shape)} of {read.kv.dtype}"
+            )
+        if chunks is None and read.cu_chunk is None:
+            raise ValueError("read.cu_chunk must be given for prefill and for a packed forward")
+        expected = chunks if chunks is not None else len(read.cu_chunk) - 1
+        if read.slots.dim() != 2 or read.slots.shape[0] != expected:
+            raise ValueError(f"read.slots must be [{expected}, R], got {tuple(read.slots.shape)}")
+        if read.collect_mass:
+            read.mass = None
+
+    def _note_mass(self, read: MemoryRead | None, layer: int, mass: Tensor) -> None:
+        if read is None or not read.collect_mass or layer not in self._memory_index:
+            return
+        part = mass.detach().mean(dim=1) / len(self._memory_index)
+        read.mass = part if read.mass is None else read.mass + part
+
+    # -- packed forward -----------------------------------------------------------------------------------
+
+    def hidden(
+        self, tokens: Tensor, cu: Tensor, read: MemoryRead | None = None, prefix: Prefix | None = None
+    ) -> Tensor:
+        """Hidden rows [T, dim] of packed sequences, no cache; differentiable in the weights, prefix and memories.
+
+        tokens int64 [T]; cu int32 [B + 1]. Positions start at 0, or after `prefix` and its span: m + span.
+        """
+        self._check_read(read, None)
+        counts = _counts(cu, tokens)
+        offset = 0 if prefix is None else prefix.k.shape[1] + prefix.span
+        self._check_positions(offset, counts)
+        positions = [offset + i for n in counts for i in range(n)]
+        m = 0 if prefix is None else prefix.k.shape[1]
+        cu = cu.to(torch.int32)
+        cu_k = cu + m * torch.arange(len(counts) + 1, dtype=torch.int32, device=cu.device)
+        take = with_prefix_rows(counts, m, tokens.device) if m else None
+        cu_chunk = cu if read is None else read.cu_chunk
+        max_q = max(counts, default=0)
+
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            if take is not None:
+                k = torch.cat((prefix.k[layer], k)).index_select(0, take)
+                v = torch.cat((prefix.v[layer], v)).index_select(0, take)
+            out, _, mass = memory_attention(
+                q, k, v, cu, cu_k, cu_chunk, *self.memory_args(layer, read, len(cu_chunk) - 1),
+                scale=self.scale, max_q=max_q, max_k=max_q + m, max_chunk=max_q,
+            )  # fmt: skip
+            self._note_mass(read, layer, mass)
+            return out
+
+        return self._run(tokens, positions, attend)
+
+    def forward(
+        self, tokens: Tensor, cu: Tensor, read: MemoryRead | None = None, prefix: Prefix | None = None
+    ) -> Tensor:
+        """fp32 logits [T, V] of all rows; arguments as `hidden`."""
+        return self.logits(self.hidden(tokens, cu, read, prefix))
+
+    def encode_prefix(self, ids: Sequence[int], span: int) -> Prefix:
+        """Key-values of the constant prefix, which every reference and every context in memory mode starts with."""
+        keys, values = [], []
+        tokens = torch.tensor(list(ids), dtype=torch.int64, device=self.embed.device)
+        cu = torch.tensor([0, len(tokens)], dtype=torch.int32, device=self.embed.device)
+
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            keys.append(k)
+            values.append(v)
+            out, _, _ = memory_attention(
+                q, k, v, cu, cu, cu, *self.memory_args(layer, None, 1),
+                scale=self.scale, max_q=len(tokens), max_k=len(tokens), max_chunk=len(tokens),
+            )  # fmt: skip
+            return out
+
+        self._run(tokens, range(len(tokens)), attend)
+        return Prefix(torch.stack(keys), torch.stack(values), span)
+
+    # -- with a cache -------------------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def prefill(
+        self, tokens: Tensor, cu: Tensor, cache: KVCache, read: MemoryRead | None = None, rows: Tensor | None = None
+    ) -> Tensor:
+        """Append packed tokens to every sequence of the cache, which may already hold some.
+
+        tokens int64 [T]; cu int32 [B + 1], empty sequences allowed. read.cu_chunk cuts the T query rows.
+        Returns fp32 logits [B, V] of each sequence's last token (zeros for an empty one), or of `rows` [n] -> [n, V].
+        Raises ContextFull, before anything is written, when a sequence does not fit.
+        """
+        self._check_read(read, None)
+        counts = _counts(cu, tokens)
+        cache.make_room(counts)
+        before = list(cache.lengths)
+        totals = [a + b for a, b in zip(before, counts, strict=True)]
+        device, n = tokens.device, cache.capacity
+        write = _flat_rows(before, totals, n, device)
+        # Keys as they lie: a sequence alone needs no copy; the others are gathered into packed rows.
+        gather = _flat_rows([0] * len(totals), totals, n, device) if len(totals) != 1 else None
+        cu = cu.to(torch.int32)
+        cu_k = _offsets(totals, device)
+        cu_chunk = cu if read is None else read.cu_chunk
+        max_q, max_k = max(counts, default=0), max(totals, default=0)
+
+        def packed(flat: Tensor) -> Tensor:
+            return flat[: totals[0]] if gather is None else flat.index_select(0, gather)
+
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            flat_k, flat_v = cache.k[layer].flatten(0, 1), cache.v[layer].flatten(0, 1)
+            flat_k.index_copy_(0, write, k)
+            flat_v.index_copy_(0, write, v)
+            out, _, mass = memory_attention(
+                q, packed(flat_k), packed(flat_v), cu, cu_k, cu_chunk,
+                *self.memory_args(layer, read, len(cu_chunk) - 1),
+                scale=self.scale, max_q=max_q, max_k=max_k, max_chunk=max_q,
+            )  # fmt: skip
+            self._note_mass(read, layer, mass)
+            return out
+
+        hidden = self._run(tokens, cache.positions(counts), attend)
+        cache.lengths = totals
+        if rows is not None:
+            return self.logits(hidden.index_select(0, rows.to(torch.int64)))
+        filled = [b for b, count in enumerate(counts) if count]
+        last = (cu[1:].to(torch.int64) - 1)[filled]
+        logits = self.logits(hidden.index_select(0, last))
+        if len(filled) == len(counts):
+            return logits
+        out = logits.new_zeros((len(counts), self.config.vocab_size))
+        out[filled] = logits
+        return out
+
+    @torch.inference_mode()
+    def decode(self, tokens: Tensor, cache: KVCache, read: MemoryRead | None = None) -> Tensor:
+        """Append one token to every sequence: tokens int64 [B], read.slots [B, R] -> fp32 logits [B, V].
+
+        Raises ContextFull, before anything is written, when a sequence does not fit.
+        """
+        if tokens.dim() != 1:
+            raise ValueError(f"tokens must be [B], one per sequence, got {tuple(tokens.shape)}")
+        batch, device = cache.batch, tokens.device
+        self._check_read(read, batch)
+        ones = [1] * len(tokens)
+        cache.make_room(ones)
+        before = list(cache.lengths)
+        totals = [a + 1 for a in before]
+        write = torch.tensor([b * cache.capacity + r for b, r in enumerate(before)], device=device)
+        kv_len = torch.tensor(totals, dtype=torch.int32, device=device)
+        cu = torch.arange(batch + 1, dtype=torch.int32, device=device)
+        max_kv = max(totals, default=0)
+        plain = self.memory_args(-1, None, batch)
+
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            k_cache, v_cache = cache.k[layer], cache.v[layer]
+            k_cache.flatten(0, 1).index_copy_(0, write, k)
+            v_cache.flatten(0, 1).index_copy_(0, write, v)
+            has_memory = read is not None and layer in self._memory_index
+            memory = self.memory_args(layer, read, batch) if has_memory else plain
+            out, _, mass = memory_decode(
+                q, k_cache, v_cache, kv_len, None, cu, *memory, scale=self.scale, max_q=1, max_kv=max_kv
+            )
+            self._note_mass(read, layer, mass)
+            return out
+
+        hidden = self._run(tokens, cache.positions(ones), attend)
+        cache.lengths = totals
+        return self.logits(hidden)
+
+    def _check_positions(self, offset: int, counts: Sequence[int]) -> None:
+        longest = max(counts, default=0)
+        if offset + longest > self.config.max_context:
+            raise ValueError(
+                f"a sequence of {longest} tokens that starts at position {offset} exceeds "
+                f"max_context={self.config.max_context}; use shorter sequences"
+            )
+
+
+def _counts(cu: Tensor, tokens: Tensor) -> list[int]:
+    ends = cu.tolist()
+    counts = [b - a for a, b in zip(ends, ends[1:], strict=False)]
+    if not ends or ends[0] != 0 or ends[-1] != tokens.shape[0] or min(counts, default=0) < 0:
+        raise ValueError(f"cu must ascend from 0 to the {tokens.shape[0]} tokens given, got {ends[:8]}")
+    return counts
+
+
+def _offsets(counts: Sequence[int], device: torch.device) -> Tensor:
+    total, out = 0, [0]
+    for count in counts:
+        total += count
+        out.append(total)
+    return torch.tensor(out, dtype=torch.int32, device=device)
+
+
+def _flat_rows(starts: Sequence[int], ends: Sequence[int], stride: int, device: torch.device) -> Tensor:
+    parts = [
+        torch.arange(b * stride + lo, b * stride + hi) for b, (lo, hi) in enumerate(zip(starts, ends, strict=True))
+    ]
+    return torch.cat(parts).to(device) if parts else torch.empty(0, dtype=torch.int64, device=device)
+
+
+def with_prefix_rows(counts: Sequence[int], m: int, device: torch.device) -> Tensor:
+    """Rows of cat(prefix [m], packed [T]) that put the prefix in front of every packed sequence."""
+    prefix, parts, start = torch.arange(m), [], m
+    for count in counts:
+        parts += [prefix, torch.arange(start, start + count)]
+        start += count
+    return torch.cat(parts).to(device) if parts else torch.empty(0, dtype=torch.int64, device=device)
