@@ -12,7 +12,8 @@ from ..config import ModelConfig
 
 def inverse_frequencies(config: ModelConfig) -> Tensor:
     """fp32 [D/2] radians per position, after `rope_scaling` ("linear", or "llama3" as in Llama 3.1)."""
-    exponent = torch.arange(0, config.head_dim, 2, dtype=torch.int64).float() / config.head_dim
+    lanes = torch.arange(0, config.head_dim, 2, dtype=torch.int64, device="cpu")
+    exponent = lanes.float() / config.head_dim
     inv = 1.0 / (config.rope_base**exponent)
     scaling = config.rope_scaling or {}
     if config.rope_type == "linear":
@@ -27,10 +28,10 @@ def inverse_frequencies(config: ModelConfig) -> Tensor:
 
 
 class Rope:
-    """Tables cos, sin fp32 [P, D] for positions 0..P-1, built on first use and grown by doubling.
+    """Tables cos, sin [max_context, D] per dtype and device, computed in fp32 and rounded, built at first use.
 
     Layout: lane i pairs with lane i + D/2 (as Hugging Face Llama); `sin` already carries the sign, so that
-    x * cos + swap_halves(x) * sin rotates. Positions at or above max_context are refused by the caches.
+    x * cos + swap_halves(x) * sin rotates.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -49,7 +50,9 @@ class Rope:
         """cos, sin [T, 1, D] at int64 positions [T], all below max_context."""
         key = (dtype, positions.device)
         if key not in self._tables:
-            self._tables[key] = self._table(torch.arange(self.max_positions), dtype, positions.device)
+            with torch.inference_mode(False):  # the tables also serve training, which refuses inference tensors
+                everywhere = torch.arange(self.max_positions, device="cpu")
+                self._tables[key] = self._table(everywhere, dtype, positions.device)
         cos, sin = self._tables[key]
         return cos.index_select(0, positions).unsqueeze(1), sin.index_select(0, positions).unsqueeze(1)
 
@@ -60,6 +63,6 @@ class Rope:
 
     def shift(self, keys: Tensor, by: int) -> Tensor:
         """Rotated keys [..., D] moved by `by` positions (may be negative): R(p + by) k = R(by) R(p) k. fp32 inside."""
-        cos, sin = self._table(torch.tensor([by]), torch.float32, keys.device)
+        cos, sin = self._table(torch.tensor([by], device="cpu"), torch.float32, keys.device)
         x = keys.float()
         return torch.addcmul(x * cos[0], x.roll(self.half, -1), sin[0]).to(keys.dtype)
