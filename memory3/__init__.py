@@ -33,9 +33,7 @@ __all__ = ["__version__", *_EXPORTS]
 
 def __getattr__(name: str) -> Any:
     if name not in _EXPORTS:
-        raise AttributeError(
-            f"module 'memory3' has no attribute {name!r}; it has {', '.join(sorted(_EXPORTS))}"
-        )
+        raise AttributeError(f"module 'memory3' has no attribute {name!r}; it has {', '.join(sorted(_EXPORTS))}")
     value = getattr(importlib.import_module(_EXPORTS[name]), name)
     globals()[name] = value
     return value

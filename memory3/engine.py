@@ -5,16 +5,18 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from .arena import Arena
 from .generation import Generation, Stats
 from .model.cache import ContextFull
 from .sampling import Sampling, sample
 from .session import Session
+from .streaming import Detokenizer, stream_pieces
 
 if TYPE_CHECKING:
     from .bank import Bank
@@ -147,8 +149,6 @@ class Engine:
 
     def stream(self, prompt: str | Sequence[int], **options) -> Iterator[str]:
         """Yields the text of one prompt piece by piece; options as in `generate`."""
-        from .streaming import stream_pieces
-
         prompts = prompt if isinstance(prompt, str) else [prompt]
         yield from stream_pieces(lambda on_text: self.generate(prompts, on_text=on_text, **options))
 
@@ -196,48 +196,60 @@ class Engine:
 
     @torch.inference_mode()
     def _run(self, ids, max_new_tokens, sampling, stop, overflow, collect_mass, on_text, ignore_eos):
-        from .streaming import Detokenizer
-
         begin = time.perf_counter()
-        stats = Stats()
-        prompts, opening = self._with_references(ids, stats)
+        prepared = Stats()
+        prompts, opening = self._with_references(ids, prepared)
         rows = max(map(len, prompts)) + len(opening) + max_new_tokens
-        generator = sampling.generator()
-        tokenizer = self.model.tokenizer
-        texts = [Detokenizer(tokenizer, stop, (lambda piece, b=b: on_text(b, piece)) if on_text else None)
-                 for b in range(len(ids))]  # fmt: skip
-        tokens: list[list[int]] = [[] for _ in ids]
-        finish = [""] * len(ids)
         with Session(self, len(ids), self._capacity(rows), overflow, collect_mass) as session:
-            session.stats.times.update(stats.times)
-            session.stats.retrievals += stats.retrievals
-            stats = session.stats
+            session.stats.times.update(prepared.times)
+            session.stats.retrievals = prepared.retrievals
             logits = session.feed(prompts, opening)
-            for i in range(max_new_tokens):
-                with stats.stage("sample"):
-                    chosen = sample(logits, sampling, generator)
-                if i == 0:
-                    stats.ttft_s = time.perf_counter() - begin
-                for b, token in enumerate(chosen.tolist()):
-                    if finish[b]:
-                        continue
-                    if token in tokenizer.eos_ids and not ignore_eos:
-                        finish[b] = "stop"
-                        continue
-                    tokens[b].append(token)
-                    if texts[b].push(token):
-                        finish[b] = "stop"
-                if all(finish) or i + 1 == max_new_tokens:
-                    break
-                try:
-                    logits = session.step(chosen)
-                except ContextFull:
-                    finish = [f or "context" for f in finish]
-                    break
-            stats.new_tokens = sum(map(len, tokens))
-            stats.total_s = time.perf_counter() - begin
-            stats.kv_bytes = session.kv_bytes
-            return [
-                Generation(texts[b].finish(), tokens[b], len(ids[b]), finish[b] or "length", session.reads[b], stats)
-                for b in range(len(ids))
-            ]
+            return self.write_on(session, logits, [len(p) for p in ids], begin, max_new_tokens, sampling, stop, on_text,
+                                 ignore_eos)  # fmt: skip
+
+    def write_on(
+        self,
+        session: Session,
+        logits: Tensor,
+        prompt_tokens: Sequence[int],
+        begin: float,
+        max_new_tokens: int,
+        sampling: Sampling,
+        stop: Sequence[str] = (),
+        on_text: Callable[[int, str], None] | None = None,
+        ignore_eos: bool = False,
+    ) -> list[Generation]:
+        """The decoding loop of a session whose prompts are fed; `begin` is when the call started (perf_counter)."""
+        tokenizer, generator, stats = self.model.tokenizer, sampling.generator(), session.stats
+        count = len(prompt_tokens)
+        texts = [Detokenizer(tokenizer, stop, partial(on_text, b) if on_text else None) for b in range(count)]
+        tokens: list[list[int]] = [[] for _ in range(count)]
+        finish = [""] * count
+        for i in range(max_new_tokens):
+            with stats.stage("sample"):
+                chosen = sample(logits, sampling, generator)
+            if i == 0:
+                stats.ttft_s = time.perf_counter() - begin
+            for b, token in enumerate(chosen.tolist()):
+                if finish[b]:
+                    continue
+                if token in tokenizer.eos_ids and not ignore_eos:
+                    finish[b] = "stop"
+                    continue
+                tokens[b].append(token)
+                if texts[b].push(token):
+                    finish[b] = "stop"
+            if all(finish) or i + 1 == max_new_tokens:
+                break
+            try:
+                logits = session.step(chosen)
+            except ContextFull:
+                finish = [f or "context" for f in finish]
+                break
+        stats.new_tokens = sum(map(len, tokens))
+        stats.total_s = time.perf_counter() - begin
+        stats.kv_bytes = session.kv_bytes
+        return [
+            Generation(texts[b].finish(), tokens[b], prompt_tokens[b], finish[b] or "length", session.reads[b], stats)
+            for b in range(count)
+        ]

@@ -33,7 +33,8 @@ class Stats:
     """Of one `generate` call (the whole batch). Seconds, bytes, tokens.
 
     ttft_s: from the call to the first token (retrieval and prefill included). kv_bytes: key-values held per sequence
-    at the end, memories included. bytes_loaded: record bytes read into slots. times: seconds by stage.
+    at the end, memories included. bytes_loaded: record bytes read into slots. steps: decode passes.
+    times: seconds by stage.
     """
 
     batch: int = 0
@@ -44,6 +45,7 @@ class Stats:
     kv_bytes: int = 0
     bytes_loaded: int = 0
     retrievals: int = 0
+    steps: int = 0
     times: dict[str, float] = field(default_factory=dict)
 
     @property

@@ -65,9 +65,7 @@ class Session:
 
     def close(self) -> None:
         """Unpins every slot; the session can no longer be stepped."""
-        if self._prefetched is not None:
-            self._release(self._prefetched.result()[0])
-            self._prefetched = None
+        self._drop_prefetched()
         self._release(self._slots)
         self._slots = [[] for _ in self._slots]
 
@@ -87,6 +85,8 @@ class Session:
         if any(len(p) + len(opening) == 0 for p in prompts):
             raise ValueError("prompts: expected at least one token in each, got an empty one")
         self.stats.prompt_tokens += sum(map(len, prompts))
+        self._drop_prefetched()
+        self._generated = 0
         if not self.engine.reads_memory:
             with self.stats.stage("prefill"):
                 return self._prefill([[*opening, *p] for p in prompts], None)
@@ -153,10 +153,19 @@ class Session:
         for r in rows:
             cu.append(cu[-1] + len(r))
         tokens = torch.tensor([t for r in rows for t in r], dtype=torch.int64)
-        last = torch.tensor([max(end - 1, 0) for end in cu[1:]])
-        return self.engine.model.net.prefill(
-            tokens, torch.tensor(cu, dtype=torch.int32), self.cache, read, rows=last
-        )
+        return self.engine.model.net.prefill(tokens, torch.tensor(cu, dtype=torch.int32), self.cache, read)
+
+    def rewind(self, rows: int) -> None:
+        """Forgets all but the first `rows` context rows (prefix not counted) of a session of one sequence."""
+        keep = self.cache.prefix_len + rows
+        if self.cache.batch != 1 or not self.cache.prefix_len <= keep <= self.cache.lengths[0]:
+            raise ValueError(f"rows: expected 0 to {self.cache.lengths[0] - self.cache.prefix_len}, got {rows}")
+        self.cache.lengths[0] = keep
+
+    @property
+    def context_rows(self) -> int:
+        """Context rows (prefix not counted) of the first sequence."""
+        return self.cache.lengths[0] - self.cache.prefix_len
 
     def score(self, answers: Sequence[Sequence[int]], logits: Tensor) -> list[Tensor]:
         """Log-probabilities of each answer's tokens, read with the memories of the prompt's last chunk.
@@ -194,6 +203,7 @@ class Session:
                 self._prefetched = engine.background.submit(self._retrieve, [list(s) for s in self._since])
         with self.stats.stage("decode"):
             logits = engine.model.net.decode(tokens, self.cache, self._read)
+        self.stats.steps += 1
         if engine.reads_memory:
             for b, reads in enumerate(self.reads):
                 if reads:
@@ -256,6 +266,11 @@ class Session:
 
     def _use_slots(self) -> None:
         self._read = self._operands(self._slots, [1] * len(self._slots))
+
+    def _drop_prefetched(self) -> None:
+        if self._prefetched is not None:
+            self._release(self._prefetched.result()[0])
+            self._prefetched = None
 
     def _release(self, sets: list[list[int]]) -> None:
         for chosen in sets:
