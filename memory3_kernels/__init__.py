@@ -9,12 +9,20 @@ from ._load import load as _load_native
 _load_native()
 
 from ._backends import explain, use_backend  # noqa: E402
+from .book import Book  # noqa: E402
+from .ops.memory_attention import memory_attention  # noqa: E402
+from .ops.memory_attention_backward import memory_attention_backward  # noqa: E402
+from .ops.memory_decode import memory_decode  # noqa: E402
 from .ops.merge_attention_states import merge_attention_states  # noqa: E402
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Book",
     "explain",
+    "memory_attention",
+    "memory_attention_backward",
+    "memory_decode",
     "merge_attention_states",
     "use_backend",
 ]
