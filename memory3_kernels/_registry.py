@@ -116,6 +116,18 @@ def _forbid_gradient(op: Op) -> None:
     _library.impl(op.name, forward_only, "Autograd", with_keyset=True)
 
 
+def _count_versions(op: Op) -> None:
+    """Counts a version of every argument the op writes to: autograd then notices a saved tensor that has changed."""
+
+    def written(keyset, *args, **kwargs):
+        for i in op.mutates:
+            torch.autograd.graph.increment_version(args[i])
+        with torch._C._AutoDispatchBelowADInplaceOrView():
+            return op.overload.redispatch(keyset & torch._C._after_ADInplaceOrView_keyset, *args, **kwargs)
+
+    _library.impl(op.name, written, "ADInplaceOrView", with_keyset=True)
+
+
 def register(op: Op) -> Op:
     """Defines `memory3::<name>` with its fake, its reference as fallback kernel and its gradient; returns the op."""
     if op.name in OPS:
@@ -127,7 +139,9 @@ def register(op: Op) -> Op:
     torch.library.register_fake(qualified, op.fake, lib=_library)
     if op.backward is not None:
         torch.library.register_autograd(qualified, op.backward, setup_context=op.setup_context, lib=_library)
-    elif not op.mutates:
+    else:
         _forbid_gradient(op)
+    if op.mutates:
+        _count_versions(op)
     OPS[op.name] = op
     return op
