@@ -34,7 +34,8 @@ class Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         weight = self.weight
-        if torch.is_grad_enabled() or weight.device.type != "cpu" or not _CAN_PACK or not x.numel():
+        packable = _CAN_PACK and weight.device.type == "cpu" and weight.dtype in (torch.bfloat16, torch.float32)
+        if torch.is_grad_enabled() or not packable or not x.numel():
             return F.linear(x, weight)
         version = (weight.data_ptr(), weight._version)
         if self._packed_from != version:

@@ -80,8 +80,9 @@ class Llama(nn.Module):
         return x
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Hidden rows [T, dim] of the last layer -> fp32 logits [T, V]."""
-        return self.head(self.norm(hidden)).float()
+        """Hidden rows [T, dim] of the last layer -> fp32 logits [T, V] (fp64 for an fp64 model)."""
+        logits = self.head(self.norm(hidden))
+        return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
     def memory_args(self, layer: int, read: MemoryRead | None, count: int) -> tuple:
         """The six memory operands of the ops for one layer; `count` chunks (or sequences)."""
