@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 
 def main() -> None:
     """Entry point: exit code 0 done, 1 an error that says what to do, 2 wrong usage, 130 interrupted."""
+    # Before torch starts its threads: waiting threads that spin make a shared machine ten times slower.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     from .app import app
     from .common import report
 

@@ -55,11 +55,9 @@ def run(
     set_threads(threads)
     text = sys.stdin.read() if prompt == "-" else prompt.replace("\\n", "\n")
     net = load(model, quiet=as_json)
-    store = None
     if memory:
-        store = Bank.of_memories(net, memory)
-    elif bank is not None:
-        store = Bank.open(bank)
+        return by_hand(net, text, memory, tokens, temperature, seed, overflow, as_json)
+    store = Bank.open(bank) if bank is not None else None
     engine = Engine(net, store, mode=mode, refs=refs, prefetch=prefetch)
     ids = net.tokenizer.chat([{"role": "user", "content": text}]) if chat else net.tokenizer.encode(text)
     on_text = None
@@ -87,3 +85,14 @@ def run(
         show_reads(result.reads, store)
     if stats:
         show_stats(result.stats)
+
+
+def by_hand(net, text: str, texts: list[str], tokens: int, temperature: float, seed, overflow: str, as_json: bool) -> None:
+    """Every token reads the memories of the given texts: no bank, no retriever."""
+    options = {"max_new_tokens": tokens, "temperature": temperature, "seed": seed, "overflow": overflow}
+    answer = net.generate(text, memories=net.write(texts), **options)
+    if as_json:
+        print_json({"text": answer, "memories": texts})
+    else:
+        out.print(text, end="", style="dim", markup=False, soft_wrap=True)
+        out.print(answer, markup=False, soft_wrap=True)

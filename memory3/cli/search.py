@@ -29,7 +29,8 @@ def run(
 
     store = Bank.open(bank)
     embedder = Embedder()
-    store.check_embedder(embedder.name)
+    if store.identity.embedder not in ("", embedder.name):
+        raise ValueError(f"the bank was embedded with {store.identity.embedder!r}, this command has {embedder.name!r}")
     ids, scores = store.search(embedder.encode([query]), count)
     found = [{"id": i.hex(), "score": float(s), "text": store.text(i)} for i, s in zip(ids[0], scores[0], strict=True)]
     if as_json:

@@ -1,0 +1,112 @@
+"""Questions whose answers stand in a reference: country facts with a short value, and "What is X?" with a sentence.
+
+Entries come from the bank's own texts and are drawn by seed, so a question's reference is known (its gold reference).
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+# field of the factbook, where its value stands, the question. The value must be short and said in one piece.
+FACTS = (
+    ("Capital", r"\bname: ([^;:()\[\]]{2,40}?) *(?:;|\(|$)", "What is the capital of {}?"),
+    ("Elevation", r"highest point: ([^;]{3,40}?) -?[\d,.]+", "What is the highest point of {}?"),
+    ("Elevation", r"lowest point: ([^;]{3,40}?) -?[\d,.]+", "What is the lowest point of {}?"),
+    ("Coastline", r": ([\d,.]+ km)", "How long is the coastline of {}?"),
+    ("Median age", r"total: ([\d.]+ years)", "What is the median age in {}?"),
+    ("Population", r"total: ([\d,]{5,})", "What is the population of {}?"),
+    ("National anthem(s)", r'title: "([^"]{3,60})"', "What is the title of the national anthem of {}?"),
+    ("National symbol(s)", r": ([^,;(]{3,40})", "What is a national symbol of {}?"),
+    ("Government type", r": ([^;(]{5,60})", "What type of government does {} have?"),
+    ("Nationality", r"adjective: ([^;,(]{3,30})", "What adjective names the people of {}?"),
+    ("Internet country code", r": (\.[a-z]{2})\b", "What is the internet country code of {}?"),
+    ("Exports - partners", r": ([A-Z][A-Za-z ]+) \d+%", "Which country is the largest export partner of {}?"),
+    ("Imports - partners", r": ([A-Z][A-Za-z ]+) \d+%", "Which country is the largest import partner of {}?"),
+    ("Exports - commodities", r": ([^,;(]{3,40}),", "What is the main export commodity of {}?"),
+    ("Major aquifers", r": ([^,;(]{3,40})", "What is a major aquifer of {}?"),
+    ("Irrigated land", r": ([\d,.]+ sq km)", "How much land is irrigated in {}?"),
+    ("Life expectancy at birth", r"total population: ([\d.]+ years)", "What is the life expectancy in {}?"),
+    ("Airports", r": ([\d,]+)", "How many airports does {} have?"),
+    ("Real GDP growth rate", r"rate 2024: (-?[\d.]+%)", "What was the real GDP growth rate of {} in 2024?"),
+    ("Unemployment rate", r"rate 2024: ([\d.]+%)", "What was the unemployment rate of {} in 2024?"),
+)
+_HEAD = re.compile(r"^(?P<country>[^:]+?) - (?P<field>.+?): ")
+_SENTENCE = re.compile(r"^.{30,260}?[a-z)\]\"'0-9]{2}\.(?= [A-Z]|$)")
+_PRONOUN = re.compile(r"^(it|he|she|they|this|these|in|the following)\b", re.IGNORECASE)
+PROMPT = "Question: {}\nAnswer:"
+
+
+@dataclass(frozen=True)
+class Question:
+    """kind "fact" (answer: a short value) or "sentence"; gold: number of its reference in the list drawn from."""
+
+    kind: str
+    text: str
+    answer: str
+    gold: int
+
+    @property
+    def prompt(self) -> str:
+        return PROMPT.format(self.text)
+
+
+def fact_question(text: str, gold: int) -> Question | None:
+    """A question about a factbook reference, or None where no pattern fits."""
+    head = _HEAD.match(text)
+    if head is None:
+        return None
+    for field, pattern, question in FACTS:
+        if head["field"] == field and (found := re.search(pattern, text[head.end() - 2 :])):
+            return Question("fact", question.format(head["country"]), found[1].strip(), gold)
+    return None
+
+
+def sentence_question(title: str, text: str, gold: int) -> Question | None:
+    """ "What is TITLE?", answered by the first sentence of its reference."""
+    found = _SENTENCE.match(text)
+    if found is None or _PRONOUN.match(text) or title.split()[0].lower() not in text[:80].lower():
+        return None
+    return Question("sentence", f"What is {title}?", found[0], gold)
+
+
+def draw(references: Iterable[tuple[str, str, str]], count: int, seed: int) -> list[Question]:
+    """`count` questions, half of each kind, about (title, text, source) references, reproducible by `seed`.
+
+    Raises:
+        ValueError: the references give fewer questions.
+    """
+    pools: dict[str, list[Question]] = {"fact": [], "sentence": []}
+    asked: dict[str, int] = {}
+    for gold, (title, text, source) in enumerate(references):
+        question = fact_question(text, gold) if source == "factbook" else sentence_question(title, text, gold)
+        if question is not None:
+            pools[question.kind].append(question)
+            asked[question.text] = asked.get(question.text, 0) + 1
+    rng = random.Random(seed)
+    chosen: list[Question] = []
+    for kind, pool in pools.items():
+        unique = [q for q in pool if asked[q.text] == 1]  # a question with two answers is no question
+        want = count // 2 if kind == "fact" else count - count // 2
+        if len(unique) < want:
+            raise ValueError(f"questions: {want} of kind {kind} asked for, the references give {len(unique)}; use more")
+        chosen += rng.sample(unique, want)
+    rng.shuffle(chosen)
+    return chosen
+
+
+_WORD = re.compile(r"[a-z0-9]+(?:[.,][0-9]+)*")
+_STOP = frozenset("a an the of in on at to and or is was were are be been by for from with as that which it its".split())
+
+
+def is_hit(question: Question, text: str) -> bool:
+    """Whether an answer counts: a fact's value appears in it; of a sentence, at least half of its content words do."""
+    said = text.lower()
+    if question.kind == "fact":
+        return question.answer.lower() in said
+    wanted = {w for w in _WORD.findall(question.answer.lower()) if w not in _STOP}
+    asked = set(_WORD.findall(question.text.lower()))
+    wanted -= asked  # repeating the title earns nothing
+    return bool(wanted) and len(wanted & set(_WORD.findall(said))) * 2 >= len(wanted)
