@@ -334,7 +334,7 @@ class Environment:
 
 def open_lmdb(folder: Path, map_size: int, readonly: bool = False) -> Any:
     """lmdb.open with this package's settings; files only, never anonymous memory, and synced commits."""
-    options: dict[str, Any] = {"max_dbs": len(DATABASES) + 2, "max_readers": MAX_READERS, "readahead": False}
+    options: dict[str, Any] = {"max_dbs": len(DATABASES) + 2, "max_readers": MAX_READERS}
     try:
         return lmdb.open(str(folder), map_size=map_size, readonly=readonly, create=not readonly, **options)
     except (lmdb.Error, OSError) as error:
