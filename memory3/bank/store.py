@@ -210,6 +210,12 @@ class Bank:
                     raise UnknownRecord(i, self.path)
         return missing
 
+    def missing(self, ids: Sequence[bytes], cold: bool = False) -> list[bytes]:
+        """Those of `ids` without a record; with `cold`, those without a reference. Unknown ids count as missing."""
+        with self.read() as txn:
+            table = self.env.db("references" if cold else "records")
+            return [i for i in ids if txn.get(i, db=table) is None]
+
     def ids(self) -> Iterator[bytes]:
         """All ids, ascending; read in portions, so the bank may change meanwhile."""
         last = b""
@@ -407,6 +413,18 @@ class Bank:
         from .transfer import import_bank
 
         return import_bank(Path(file), Path(path), identity)
+
+    @staticmethod
+    def salvage(
+        path: str | os.PathLike[str],
+        target: str | os.PathLike[str],
+        identity: Identity | None = None,
+        embed: Any = None,
+    ) -> Any:
+        """Copy what is whole in a damaged bank to a new one; see memory3.bank.salvage for the report."""
+        from .salvage import salvage
+
+        return salvage(Path(path), Path(target), identity, embed)
 
 
 def _format_version(raw: bytes) -> int | None:

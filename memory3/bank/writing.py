@@ -61,9 +61,9 @@ def add(bank: Bank, references: list[Reference], embeddings: Any, memories: Sequ
         part = slice(start, start + step)
         records = None if memories is None else pack(bank, references[part], memories[part])
         biased = memories is not None and any(m.bias is not None for m in memories[part])
-        values = [pack_reference(r) for r in references[part]]
-        size = sum(map(len, values)) + len(values) * each
-        _commit(bank, references[part], values, rows[part], records, biased, size)
+        ids = [r.id for r in references[part]]
+        vectors = dict(zip(ids, rows[part], strict=True))
+        add_packed(bank, references[part], vectors, dict(zip(ids, records or [], strict=False)), biased)
     return [r.id for r in references]
 
 
@@ -87,23 +87,35 @@ def pack(bank: Bank, references: Sequence[Reference], memories: Sequence[Memory]
     return packed
 
 
-def _commit(
-    bank: Bank, references: Sequence[Reference], values: Sequence[bytes], rows: np.ndarray,
-    records: Sequence[bytes] | None, biased: bool, size: int,
-) -> None:  # fmt: skip
+def add_packed(
+    bank: Bank,
+    references: Sequence[Reference],
+    vectors: dict[bytes, np.ndarray],
+    records: dict[bytes, bytes],
+    biased: bool = False,
+) -> None:
+    """One transaction of references with what there is of their embeddings (length 1) and packed records.
+
+    What the bank has already stays as it is, and no id is put twice in one transaction.
+    """
+    need_writer(bank)
     db = bank.env.db
+    values = {r.id: pack_reference(r) for r in references}
+    size = sum(map(len, values.values())) + sum(map(len, records.values())) + 8192 * len(references)
+    dims = {len(v) for v in vectors.values()}
 
     def work(txn: Any) -> None:
         log = last_log(txn, db("log"))
-        for i, reference in enumerate(references):
-            if txn.put(reference.id, values[i], db=db("references"), overwrite=False):
+        for record_id, value in values.items():
+            new = txn.put(record_id, value, db=db("references"), overwrite=False)
+            if new and record_id in vectors:
                 log += 1
-                txn.put(struct.pack(">Q", log), bytes([ADDED]) + reference.id, db=db("log"), append=True)
-                txn.put(reference.id, pack_embedding(reference.id, rows[i]), db=db("embeddings"))
-            if records is not None:
-                txn.put(reference.id, records[i], db=db("records"), overwrite=False)
-        if len(rows):
-            txn.put(b"embedding_dim", struct.pack("<I", rows.shape[1]), db=db("state"))
+                txn.put(struct.pack(">Q", log), bytes([ADDED]) + record_id, db=db("log"), append=True)
+                txn.put(record_id, pack_embedding(record_id, vectors[record_id]), db=db("embeddings"))
+            if record_id in records:
+                txn.put(record_id, records[record_id], db=db("records"), overwrite=False)
+        for dim in dims:
+            txn.put(b"embedding_dim", struct.pack("<I", dim), db=db("state"))
         if biased:
             txn.put(b"has_bias", b"1", db=db("state"))
 
