@@ -13,6 +13,7 @@ from torch import Tensor
 from ._checks import expect_dtype, expect_shape, expect_unit_stride
 
 MIN_BITS, MAX_BITS = 4, 14
+MAX_DIM = 1024
 OUTPUTS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 TABLES = (torch.float32, torch.float16, torch.float64)  # float64 on the reference only
 
@@ -50,8 +51,11 @@ def check_tables(coarse: Tensor, fine: Tensor, rot: Tensor | None, dtype: torch.
         )
     dim = 2 * coarse.shape[2]
     torch._check(
-        dim >= 8 and dim % 8 == 0,
-        lambda: f"coarse: expected entries of half a head dimension that is a multiple of 8, got {coarse.shape[2]}",
+        8 <= dim <= MAX_DIM and dim % 8 == 0,
+        lambda: (
+            f"coarse: expected entries of half a head dimension that is a multiple of 8 up to {MAX_DIM}, "
+            f"got {coarse.shape[2]}"
+        ),
     )
     torch._check(
         fine.shape[0] > 0 and fine.shape[0] * fine.shape[2] == dim,

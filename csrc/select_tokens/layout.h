@@ -1,0 +1,29 @@
+// The workspace of one worker, in floats; shared by the launcher and the kernel. No std headers: see common/vec.h.
+#pragma once
+
+#include "m3/select_tokens.h"
+
+namespace m3 {
+
+constexpr int64_t kSelectRows = 6;  // queries scored together
+
+struct SelectLayout {
+  int64_t columns;                             // keys, padded to two vectors of the widest level
+  int64_t keys, query, score, weight, highest; // offsets: [D, columns], [6, D], [6, columns], [columns], [columns]
+  int64_t floats;
+};
+
+// static: a copy per translation unit, so that no SIMD level's code can stand in for the baseline's.
+static inline SelectLayout select_layout(const M3SelectTokensParams& p) {
+  SelectLayout at;
+  at.columns = (p.rows + 31) / 32 * 32;
+  at.keys = 0;
+  at.query = at.keys + p.dim * at.columns;
+  at.score = at.query + (kSelectRows * p.dim + 15) / 16 * 16;
+  at.weight = at.score + kSelectRows * at.columns;
+  at.highest = at.weight + at.columns;
+  at.floats = at.highest + at.columns;
+  return at;
+}
+
+}  // namespace m3
