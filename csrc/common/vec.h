@@ -135,6 +135,14 @@ inline F32 load(const F16* p) {
 #endif
 }
 
+// Half a vector, the upper lanes 0: the end of a row whose length is a multiple of 8 but not of kLanes.
+template <class T>
+inline F32 load_half(const T* p) {
+  T padded[kLanes] = {};
+  memcpy(padded, p, sizeof(T) * kLanes / 2);
+  return load(padded);
+}
+
 inline void store(float* p, F32 v) { memcpy(p, &v, sizeof v); }
 
 inline void store(BF16* p, F32 v) {
@@ -153,6 +161,13 @@ inline void store(F16* p, F32 v) {
 #else
   for (int i = 0; i < kLanes; ++i) from_float(v[i], p + i);
 #endif
+}
+
+template <class T>
+inline void store_half(T* p, F32 v) {
+  T whole[kLanes];
+  store(whole, v);
+  memcpy(p, whole, sizeof(T) * kLanes / 2);
 }
 
 inline F32 select(I32 mask, F32 yes, F32 no) {
@@ -177,6 +192,49 @@ inline float max(F32 v) {
   float m = lane[0];
   for (int i = 1; i < kLanes; ++i) m = lane[i] > m ? lane[i] : m;
   return m;
+}
+
+// Vectors side by side. `mix` interleaves blocks of `Step` lanes: the even (Odd = 0) or odd (Odd = 1) blocks of `a` and
+// `b` in turn. Repeating it for Step = 1, 2, 4, ... transposes a square of vectors.
+template <int... I>
+struct Lanes {};
+template <int N, int... I>
+struct MakeLanes : MakeLanes<N - 1, N - 1, I...> {};
+template <int... I>
+struct MakeLanes<0, I...> {
+  typedef Lanes<I...> type;
+};
+
+template <int Step, int Odd, int... I>
+inline F32 mix(F32 a, F32 b, Lanes<I...>) {
+  return __builtin_shufflevector(a, b, ((I / Step % 2 ? I - Step + kLanes : I) + Odd * Step)...);
+}
+template <int Step, int Odd>
+inline F32 mix(F32 a, F32 b) {
+  return mix<Step, Odd>(a, b, typename MakeLanes<kLanes>::type{});
+}
+
+template <int Step = 1>
+inline void transpose(F32* v) {
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes; ++i) {
+    if (i & Step) continue;
+    const F32 a = v[i], b = v[i + Step];
+    v[i] = mix<Step, 0>(a, b);
+    v[i + Step] = mix<Step, 1>(a, b);
+  }
+  if constexpr (2 * Step < kLanes) transpose<2 * Step>(v);
+}
+
+// Lane i of the result is the sum of v[i]; `v` is overwritten.
+template <int Step = 1>
+inline F32 sum_each(F32* v) {
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes / Step; i += 2) v[i / 2] = mix<Step, 0>(v[i], v[i + 1]) + mix<Step, 1>(v[i], v[i + 1]);
+  if constexpr (2 * Step < kLanes)
+    return sum_each<2 * Step>(v);
+  else
+    return v[0];
 }
 
 // exp for x <= 88: relative error < 2e-7; 0 below -87.3 (so exp(-inf) = 0). Range reduction by ln 2 in two parts, then

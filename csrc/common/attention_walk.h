@@ -1,0 +1,98 @@
+// How the attention kernels fill tiles: query vectors of a row block, key blocks of records, causal visibility.
+#pragma once
+
+#include "common/attention_tile.h"
+#include "m3/records.h"
+
+namespace m3 {
+namespace M3_LEVEL {
+namespace {
+
+// Query vectors of `rows` rows and `group` heads, row by row: vector i is row i / group, head i % group.
+template <class T>
+inline void load_rows(const T* x, int64_t row_stride, int64_t head_stride, int rows, int group, int dim, float factor,
+                      float* out) {
+  const int ld = padded(dim);
+  for (int r = 0; r < rows; ++r)
+    for (int g = 0; g < group; ++g)
+      pack_row(x + r * row_stride + g * head_stride, dim, factor, out + (r * group + g) * ld);
+}
+
+// The record head that KV head `head` reads, or -1.
+inline int64_t record_head(const M3Records& memory, int64_t head) {
+  return memory.head_map ? memory.head_map[head] : head;
+}
+
+// Calls take(block) for blocks of the valid tokens of chunk `chunk`'s records, in their order.
+template <class T, class Take>
+inline void for_each_record_block(const M3Records& memory, int64_t chunk, int64_t head, KeyBlock<T>& block,
+                                  const Take& take) {
+  block.clear();
+  for (int64_t r = 0; r < memory.refs; ++r) {
+    const int64_t slot = memory.slot[chunk * memory.refs + r];
+    if (slot < 0) continue;
+    const T* k = static_cast<const T*>(memory.k) + slot * memory.k_stride[0] + head * memory.k_stride[1];
+    const T* v = static_cast<const T*>(memory.v) + slot * memory.v_stride[0] + head * memory.v_stride[1];
+    const float* bias = memory.bias ? memory.bias + slot * memory.bias_stride[0] + head * memory.bias_stride[1] : nullptr;
+    const int length = memory.length[slot];
+    for (int at = 0; at < length;) {
+      if (block.room() == 0) {
+        take(block);
+        block.clear();
+      }
+      const int n = length - at < block.room() ? length - at : block.room();
+      if (bias) {
+        memcpy(block.bias + block.count, bias + at, sizeof(float) * n);
+        block.biased = true;
+      }
+      block.runs[block.run_count++] = {block.count, block.count + n, static_cast<int>(r)};
+      block.append(k + at * memory.k_stride[2], memory.k_stride[2], v + at * memory.v_stride[2], memory.v_stride[2], n);
+      at += n;
+    }
+  }
+  if (block.count > 0) take(block);
+}
+
+// Row r of a block sees the keys before `limit + r`. Fills seen[i] for the block of keys first..first+count; returns
+// null where every row sees all of them.
+inline const int* causal(int64_t limit, int rows, int group, int64_t first, int count, int* seen) {
+  if (limit >= first + count) return nullptr;
+  for (int r = 0; r < rows; ++r) {
+    const int64_t n = limit + r - first;
+    for (int g = 0; g < group; ++g) seen[r * group + g] = n < 0 ? 0 : n > count ? count : static_cast<int>(n);
+  }
+  return seen;
+}
+
+// The sequence that holds row `row`: the last b with cu[b] <= row.
+inline int64_t sequence_of(const int32_t* cu, int64_t sequences, int64_t row) {
+  int64_t low = 0, high = sequences;
+  while (high - low > 1) {
+    const int64_t middle = (low + high) / 2;
+    (cu[middle] <= row ? low : high) = middle;
+  }
+  return low;
+}
+
+// Points mass rows into the output and clears them, then writes all results of a tile.
+inline void begin_mass(QueryTile& tile, float* mass, int64_t heads, int64_t row, int64_t head, int rows, int group) {
+  for (int r = 0; r < rows; ++r)
+    for (int g = 0; g < group; ++g) {
+      float* to = mass + ((row + r) * heads + head + g) * tile.refs;
+      tile.mass[r * group + g] = to;
+      if (tile.refs > 0) memset(to, 0, sizeof(float) * tile.refs);
+    }
+}
+
+template <class T>
+inline void finish(QueryTile& tile, T* out, float* lse, int64_t heads, int64_t row, int64_t head, int rows, int group) {
+  for (int r = 0; r < rows; ++r)
+    for (int g = 0; g < group; ++g) {
+      const int64_t at = (row + r) * heads + head + g;
+      finish_row(tile, r * group + g, out + at * tile.dim, lse + at);
+    }
+}
+
+}  // namespace
+}  // namespace M3_LEVEL
+}  // namespace m3

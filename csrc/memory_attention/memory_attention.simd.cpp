@@ -1,0 +1,58 @@
+// One item: a KV head x a block of rows of one chunk. Records first, then the context up to the block's last row.
+#include "m3/memory_attention.h"
+
+#include "common/attention_walk.h"
+#include "common/row_blocks.h"
+
+namespace m3 {
+namespace M3_LEVEL {
+namespace {
+
+template <class T>
+void attend(const M3MemoryAttentionParams& p, const RowBlocks& blocks, int64_t begin, int64_t end) {
+  const int group = static_cast<int>(p.heads / p.kv_heads), dim = static_cast<int>(p.dim);
+  QueryTile tile;
+  KeyBlock<T> block;
+  int seen[kTileRows];
+  for (int64_t item = begin; item < end; ++item) {
+    const int64_t head = item % p.kv_heads, place = item / p.kv_heads, chunks = p.memory.chunks;
+    // Late chunks see more context: taking them from both ends in turn levels the work of contiguous ranges.
+    const int64_t turn = place / blocks.count, chunk = turn % 2 ? chunks - 1 - turn / 2 : turn / 2;
+    const int64_t row = p.cu_chunk[chunk] + place % blocks.count * blocks.rows;
+    const int64_t left = p.cu_chunk[chunk + 1] - row;
+    if (left <= 0) continue;
+    const int rows = static_cast<int>(left < blocks.rows ? left : blocks.rows);
+    const T* q = static_cast<const T*>(p.q) + row * p.q_stride[0] + head * group * p.q_stride[1];
+    tile.begin(rows * group, dim, p.memory.refs);
+    load_rows(q, p.q_stride[0], p.q_stride[1], rows, group, dim, p.scale, tile.q);
+    begin_mass(tile, p.mass, p.heads, row, head * group, rows, group);
+
+    const int64_t from = record_head(p.memory, head);
+    if (from >= 0)
+      for_each_record_block(p.memory, chunk, from, block,
+                            [&](const KeyBlock<T>& keys) { consume(tile, keys, nullptr); });
+    if (p.k != nullptr) {
+      const int64_t b = sequence_of(p.cu_q, p.sequences, row), first_key = p.cu_k[b];
+      const int64_t limit = (p.cu_k[b + 1] - first_key) - (p.cu_q[b + 1] - p.cu_q[b]) + (row - p.cu_q[b]) + 1;
+      const T* k = static_cast<const T*>(p.k) + first_key * p.k_stride[0] + head * p.k_stride[1];
+      const T* v = static_cast<const T*>(p.v) + first_key * p.v_stride[0] + head * p.v_stride[1];
+      const int64_t keys = limit + rows - 1;
+      for (int64_t at = 0; at < keys; at += kBlock) {
+        block.clear();
+        const int n = static_cast<int>(keys - at < kBlock ? keys - at : kBlock);
+        block.append(k + at * p.k_stride[0], p.k_stride[0], v + at * p.v_stride[0], p.v_stride[0], n);
+        consume(tile, block, causal(limit, rows, group, at, n, seen));
+      }
+    }
+    finish(tile, static_cast<T*>(p.out), p.lse, p.heads, row, head * group, rows, group);
+  }
+}
+
+}  // namespace
+
+void memory_attention(const M3MemoryAttentionParams& p, const RowBlocks& blocks, int64_t begin, int64_t end) {
+  with_dtype(p.dtype, [&](auto tag) { attend<decltype(tag)>(p, blocks, begin, end); });
+}
+
+}  // namespace M3_LEVEL
+}  // namespace m3
