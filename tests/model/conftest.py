@@ -48,12 +48,15 @@ def smollm16(smollm_path):
 
 @pytest.fixture(scope="module")
 def hf_model(smollm_path):
-    """transformers' own reading of the same file, fp32."""
-    from transformers import AutoModelForCausalLM
+    """transformers' own reading of the same file, fp32 (from_pretrained would also want `accelerate`)."""
+    from transformers import AutoConfig, LlamaForCausalLM
+    from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
-    model = AutoModelForCausalLM.from_pretrained(
-        smollm_path.parent, gguf_file=smollm_path.name, dtype=torch.float32
-    ).eval()
+    model = LlamaForCausalLM(AutoConfig.from_pretrained(smollm_path.parent, gguf_file=smollm_path.name)).eval()
+    tensors = load_gguf_checkpoint(smollm_path, return_tensors=True, model_to_load=model)["tensors"]
+    missing, unexpected = model.load_state_dict(tensors, strict=False)
+    assert missing == ["lm_head.weight"] and not unexpected
+    model.tie_weights()
     yield model
     del model
     gc.collect()
