@@ -6,6 +6,7 @@ attention (CONTRACT of the record format: docs/architecture.md).
 
 from __future__ import annotations
 
+import threading
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -41,24 +42,36 @@ class Arena:
         dtype: of the key-values; the model's.
         has_bias: also keep fp32 [S, Lm, Hm, K] score biases.
 
-    Slots in use by a running step are pinned; only unpinned slots are evicted. Ids leave the arena, slot numbers do not.
+    Slots in use by a running step are pinned; only unpinned slots are evicted. May be used from several threads.
     """
 
     def __init__(self, shape: Sequence[int], slots: int, dtype: torch.dtype, has_bias: bool = False) -> None:
         if slots < 1:
             raise ValueError(f"slots: expected at least 1, got {slots}")
         layers, _, heads, tokens, _ = shape
-        self.kv = torch.zeros((slots, *shape), dtype=dtype)
-        self.length = torch.zeros(slots, dtype=torch.int32)
-        self.bias = torch.zeros((slots, layers, heads, tokens), dtype=torch.float32) if has_bias else None
+        with torch.inference_mode(False):  # inference tensors could not be filled by a thread outside of that mode
+            self.kv = torch.zeros((slots, *shape), dtype=dtype)
+            self.length = torch.zeros(slots, dtype=torch.int32)
+            self.bias = torch.zeros((slots, layers, heads, tokens), dtype=torch.float32) if has_bias else None
         self.stats = CacheStats()
         self._slot_of: OrderedDict[bytes, int] = OrderedDict()  # oldest use first
         self._free = list(range(slots - 1, -1, -1))
         self._pins = [0] * slots
+        self._guard = threading.RLock()
 
     @property
     def slots(self) -> int:
         return self.kv.shape[0]
+
+    @property
+    def slot_bytes(self) -> int:
+        """Key-value bytes of one record in its slot."""
+        return self.kv[0].nbytes
+
+    @property
+    def pinned(self) -> int:
+        """Slots in use."""
+        return sum(pins > 0 for pins in self._pins)
 
     def __contains__(self, record: bytes) -> bool:
         return record in self._slot_of
@@ -70,6 +83,10 @@ class Arena:
             SlotsExhausted: the distinct records do not fit beside those already pinned. Nothing stays pinned.
             Whatever `source.read_into` raises. Nothing stays pinned, and no half-read record is kept.
         """
+        with self._guard:
+            return self._load(ids, source)
+
+    def _load(self, ids: Sequence[bytes], source: RecordSource) -> list[int]:
         wanted = list(dict.fromkeys(ids))
         missing = [record for record in wanted if record not in self._slot_of]
         for record in wanted:
@@ -102,17 +119,19 @@ class Arena:
 
     def release(self, slots: Sequence[int]) -> None:
         """Takes back one pin of each slot that `load` returned."""
-        for slot in slots:
-            if self._pins[slot] <= 0:
-                raise ValueError(f"slot {slot} is not pinned: release mirrors load, once each")
-            self._pins[slot] -= 1
+        with self._guard:
+            for slot in slots:
+                if self._pins[slot] <= 0:
+                    raise ValueError(f"slot {slot} is not pinned: release mirrors load, once each")
+                self._pins[slot] -= 1
 
     def clear(self) -> None:
         """Forgets every unpinned record (the next load reads it again)."""
-        for record, slot in list(self._slot_of.items()):
-            if not self._pins[slot]:
-                del self._slot_of[record]
-                self._free.append(slot)
+        with self._guard:
+            for record, slot in list(self._slot_of.items()):
+                if not self._pins[slot]:
+                    del self._slot_of[record]
+                    self._free.append(slot)
 
     def _take_slot(self, needed: int) -> int:
         if self._free:
@@ -122,6 +141,6 @@ class Arena:
                 del self._slot_of[record]
                 return slot
         raise SlotsExhausted(
-            f"slots: a step reads {needed} memories at once beside {sum(p > 0 for p in self._pins)} in use, "
+            f"slots: a step reads {needed} memories at once beside {self.pinned} in use, "
             f"but the arena has {self.slots} slots; raise slots, or lower refs or the batch"
         )

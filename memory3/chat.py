@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from .decoding import Options, write_on
 from .engine import Engine
 from .generation import Generation, Stats
 from .model.cache import ContextFull
@@ -15,7 +16,8 @@ from .session import Session
 
 
 class Chat:
-    """One conversation on an engine; with memory, every turn retrieves for itself (its new tokens are the prompt).
+    """One conversation on an engine. With memory every turn is a prompt of its own, cut and retrieved for as such (one
+    that adds fewer than `min_query` tokens keeps the memories of the turn before).
 
     Args:
         engine: in mode "memory" or "none" ("rag" puts text before the first turn only and is not offered here).
@@ -31,7 +33,7 @@ class Chat:
             raise ValueError('engine: expected mode "memory" or "none" for a chat, got "rag"')
         self.engine, self.overflow = engine, overflow
         self.messages: list[dict[str, str]] = [{"role": "system", "content": system}] if system is not None else []
-        self._capacity = engine._capacity(capacity or engine.model.config.max_context)
+        self._capacity = engine.capacity(capacity or engine.model.config.max_context)
         self._session: Session | None = None
         self._fed: list[int] = []  # tokens whose key-values were put into the cache, the opening not counted
         self._opening: tuple[int, ...] = ()
@@ -50,26 +52,25 @@ class Chat:
 
         Raises:
             ContextFull: the turn does not fit (overflow="error"); the conversation stays as it was.
-            ValueError: the checkpoint has no chat template.
+            ValueError: the checkpoint has no chat template, or a bad option.
         """
         begin = time.perf_counter()
+        options = Options(max_new_tokens, sampling or Sampling(), on_text=on_text)
         messages = [*self.messages, {"role": "user", "content": text}]
         tokens = self.engine.model.tokenizer.chat(messages)
         session, new = self._session_for(tokens)
-        session.stats = Stats(batch=1)
-        session._collect_mass = collect_mass
+        session.stats, session.collect_mass = Stats(batch=1), collect_mass
         first_read = len(session.reads[0])
         try:
-            logits = session.feed([new], self._opening if not self._fed else ())
-        except ContextFull as error:
-            raise ContextFull(f"{error}; start a new Chat, or use overflow='slide'") from None
-        self._fed = tokens
-        answer = self.engine.write_on(
-            session, logits, [len(new)], begin, max_new_tokens, sampling or Sampling(), on_text=on_text
-        )[0]
+            logits = session.feed([new], None if self._fed else [self._opening])
+            answer = write_on(session, logits, [len(new)], begin, options)[0]
+        except BaseException as error:
+            if isinstance(error, ContextFull) and self.overflow == "error":  # nothing was fed
+                raise ContextFull(f"{error}; or start a new Chat") from None
+            self.close()  # interrupted halfway: what the cache holds is no longer known
+            raise
         # The last sampled token was never fed; everything before it was.
-        fed_rows = session.stats.steps
-        self._fed = tokens + answer.token_ids[:fed_rows]
+        self._fed = tokens + answer.token_ids[: session.stats.steps]
         self.messages = [*messages, {"role": "assistant", "content": answer.text}]
         answer.reads = session.reads[0][first_read:]
         return answer
@@ -95,7 +96,7 @@ class Chat:
             if shared == len(self._fed):
                 return session, list(tokens[shared:])
             session.close()
-        self._fed, self._opening = [], self.engine._opening(tokens)
+        self._fed, self._opening = [], self.engine.opening(tokens)
         self._session = Session(self.engine, 1, self._capacity, self.overflow)
         return self._session, list(tokens)
 

@@ -1,22 +1,23 @@
-"""The engine: prompts in, text out, with memories retrieved every 64 tokens, with references as text, or with neither."""
+"""The engine: prompts in, text out; with memories retrieved every 64 tokens, with references as text, or plain."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import cached_property, partial
+from contextlib import contextmanager
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
 from .arena import Arena
-from .generation import Generation, Stats
-from .model.cache import ContextFull
-from .sampling import Sampling, sample
+from .decoding import Options, write_on
+from .generation import ChunkRead, Generation, Stats
+from .rag import with_references
+from .sampling import Sampling
 from .session import Session
-from .streaming import Detokenizer, stream_pieces
+from .streaming import stream_pieces
 
 if TYPE_CHECKING:
     from .bank import Bank
@@ -35,7 +36,7 @@ class Engine:
         mode: "memory" (explicit memory, the default with a bank), "rag" (the same references as text in front of the
             prompt, retrieved once), "none".
         refs: references per retrieval (default: the model's memory configuration, 5).
-        slots: memories kept in RAM, the bound of the cache (default 256, at least what one step of `generate` needs).
+        slots: memories kept in RAM, the bound of the cache; at least batch x refs, with prefetch twice that.
         prefetch: search and load for the next generated chunk this many tokens early, in the background, with the
             tokens there are by then; 0 (default) is the paper's exact behaviour.
 
@@ -67,6 +68,8 @@ class Engine:
             raise ValueError(f"refs: expected 0 or more, got {refs}")
         if not 0 <= prefetch < self.chunk:
             raise ValueError(f"prefetch: expected 0 (off) to {self.chunk - 1} tokens, got {prefetch}")
+        if slots < 1:
+            raise ValueError(f"slots: expected at least 1, got {slots}")
         self.prefetch = prefetch
         self._slots = slots
         self._embedder = embedder
@@ -95,6 +98,18 @@ class Engine:
     def background(self) -> ThreadPoolExecutor:
         return ThreadPoolExecutor(1, thread_name_prefix="memory3-prefetch")
 
+    def search(
+        self, queries: Sequence[Sequence[int]], stats: Stats
+    ) -> tuple[list[list[bytes]], list[list[float]], list[str]]:
+        """Record ids and similarities for each query (token ids), best first, and the query's text."""
+        with stats.stage("embed"):
+            texts = [self.model.tokenizer.decode(q, skip_special=True) for q in queries]
+            vectors = self.embedder.encode(texts)
+        with stats.stage("search"):
+            ids, scores = self.bank.search(vectors, self.refs)
+        stats.retrievals += len(queries)
+        return [list(row) for row in ids], [[float(s) for s in row] for row in scores], texts
+
     def load(self, ids: list[list[bytes]]) -> tuple[list[list[int]], int]:
         """Pinned slots for each list of record ids, and the bytes that had to be read. Cold references are written."""
         flat = [record for group in ids for record in group]
@@ -112,7 +127,7 @@ class Engine:
         *,
         max_new_tokens: int = 64,
         sampling: Sampling | None = None,
-        stop: Sequence[str] = (),
+        stop: str | Sequence[str] = (),
         overflow: str = "error",
         collect_mass: bool = False,
         on_text: Callable[[int, str], None] | None = None,
@@ -124,7 +139,7 @@ class Engine:
             prompts: a text, several texts, or several lists of token ids (a chat template already applied).
             max_new_tokens: per sequence.
             sampling: `Sampling(temperature=..., top_k=..., top_p=..., seed=...)`; None is greedy.
-            stop: texts at which a sequence ends (cut off from its text).
+            stop: a text, or several, at which a sequence ends (cut off from its text).
             overflow: a full context raises ContextFull ("error") or drops the oldest tokens ("slide").
             collect_mass: also report how much attention each memory got (slows decoding a little).
             on_text: called as `on_text(sequence, piece)` with every piece of text as it is generated.
@@ -141,10 +156,8 @@ class Engine:
         ids = [self._encode(p) for p in ([prompts] if single else prompts)]
         if not ids:
             raise ValueError("prompts: expected at least one, got none")
-        if max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens: expected at least 1, got {max_new_tokens}")
-        results = self._run(ids, max_new_tokens, sampling or Sampling(), tuple(stop), overflow, collect_mass, on_text,
-                            ignore_eos)  # fmt: skip
+        options = Options(max_new_tokens, sampling or Sampling(), stop, on_text, ignore_eos)
+        results = self._run(ids, options, overflow, collect_mass)
         return results[0] if single else results
 
     def stream(self, prompt: str | Sequence[int], **options) -> Iterator[str]:
@@ -154,102 +167,58 @@ class Engine:
 
     @torch.inference_mode()
     def score(self, prompts: Sequence[str], answers: Sequence[str], overflow: str = "error") -> list[float]:
-        """Mean loss in nats per token of each answer after its prompt; memories are fixed before the answer begins."""
+        """Mean loss in nats per token of each answer after its prompt; memories are fixed before the answer begins.
+
+        Raises:
+            ValueError: not one answer per prompt, or an empty prompt or answer.
+            ContextFull: prompt and answer do not fit (overflow="error").
+        """
+        if len(prompts) != len(answers) or not prompts:
+            raise ValueError(f"answers: expected one per prompt, at least one, got {len(answers)} for {len(prompts)}")
         ids = [self._encode(p) for p in prompts]
-        targets = [self.model.tokenizer.encode(a) for a in answers]
-        prompt_ids, opening = self._with_references(ids, Stats())
-        rows = max(len(p) + len(t) for p, t in zip(prompt_ids, targets, strict=True)) + len(opening)
-        with Session(self, len(ids), self._capacity(rows), overflow) as session:
-            logits = session.feed(prompt_ids, opening)
+        targets = [self._encode(a, "answer") for a in answers]
+        with self._session(ids, max(map(len, targets)), overflow) as (session, logits):
             return [-float(s.mean()) for s in session.score(targets, logits)]
 
     # ---- inside ----------------------------------------------------------------------------------------------------
 
-    def _encode(self, prompt: str | Sequence[int]) -> list[int]:
-        tokens = self.model.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+    def _encode(self, text: str | Sequence[int], name: str = "prompt") -> list[int]:
+        tokens = self.model.tokenizer.encode(text) if isinstance(text, str) else list(text)
         if not tokens:
-            raise ValueError("prompt: expected some text, got an empty prompt")
+            raise ValueError(f"{name}: expected some text, got an empty {name}")
         return tokens
 
-    def _capacity(self, rows: int) -> int:
+    def capacity(self, rows: int) -> int:
         """Cache rows for `rows` context tokens: the prefix comes on top; no more than the model has positions for."""
         memory = self.model.memory
         extra = memory.prefix_len if self.reads_memory else 0
         taken = memory.span if self.reads_memory else 0
         return max(extra + 1, min(rows + extra, self.model.config.max_context - taken))
 
-    def _opening(self, prompt: Sequence[int]) -> tuple[int, ...]:
+    def opening(self, prompt: Sequence[int]) -> tuple[int, ...]:
         """The context BOS, unless the prompt (a chat template's) already begins with it."""
         bos = self.model.memory.context_bos_ids
         return () if tuple(prompt[: len(bos)]) == bos else bos
 
-    def _with_references(self, ids: list[list[int]], stats: Stats) -> tuple[list[list[int]], tuple[int, ...]]:
-        """Prompts and the opening all of them get; in "rag" mode the references stand in front, as text."""
+    @contextmanager
+    def _session(self, ids: list[list[int]], new_tokens: int, overflow: str, collect_mass: bool = False):
+        """A session that has read the prompts (in "rag" mode with their references in front), and its logits."""
+        stats = Stats(batch=len(ids))
+        openings: list[Sequence[int]] = [self.opening(p) for p in ids]
+        reads: list[ChunkRead] = []
         if self.mode == "rag":
-            from .rag import with_references
-
-            return with_references(self, ids, stats), ()
-        openings = [self._opening(p) for p in ids]
-        if len(set(openings)) == 1:
-            return ids, openings[0]
-        return [[*o, *p] for o, p in zip(openings, ids, strict=True)], ()
+            fronts, reads = with_references(self, ids, stats)
+            openings = [[*front, *opening] for front, opening in zip(fronts, openings, strict=True)]
+        rows = max(len(o) + len(p) for o, p in zip(openings, ids, strict=True)) + new_tokens
+        with Session(self, len(ids), self.capacity(rows), overflow, collect_mass) as session:
+            session.stats = stats
+            logits = session.feed(ids, openings)
+            for seen, read in zip(session.reads, reads, strict=False):
+                seen.append(read)
+            yield session, logits
 
     @torch.inference_mode()
-    def _run(self, ids, max_new_tokens, sampling, stop, overflow, collect_mass, on_text, ignore_eos):
+    def _run(self, ids: list[list[int]], options: Options, overflow: str, collect_mass: bool) -> list[Generation]:
         begin = time.perf_counter()
-        prepared = Stats()
-        prompts, opening = self._with_references(ids, prepared)
-        rows = max(map(len, prompts)) + len(opening) + max_new_tokens
-        with Session(self, len(ids), self._capacity(rows), overflow, collect_mass) as session:
-            session.stats.times.update(prepared.times)
-            session.stats.retrievals = prepared.retrievals
-            logits = session.feed(prompts, opening)
-            return self.write_on(session, logits, [len(p) for p in ids], begin, max_new_tokens, sampling, stop, on_text,
-                                 ignore_eos)  # fmt: skip
-
-    def write_on(
-        self,
-        session: Session,
-        logits: Tensor,
-        prompt_tokens: Sequence[int],
-        begin: float,
-        max_new_tokens: int,
-        sampling: Sampling,
-        stop: Sequence[str] = (),
-        on_text: Callable[[int, str], None] | None = None,
-        ignore_eos: bool = False,
-    ) -> list[Generation]:
-        """The decoding loop of a session whose prompts are fed; `begin` is when the call started (perf_counter)."""
-        tokenizer, generator, stats = self.model.tokenizer, sampling.generator(), session.stats
-        count = len(prompt_tokens)
-        texts = [Detokenizer(tokenizer, stop, partial(on_text, b) if on_text else None) for b in range(count)]
-        tokens: list[list[int]] = [[] for _ in range(count)]
-        finish = [""] * count
-        for i in range(max_new_tokens):
-            with stats.stage("sample"):
-                chosen = sample(logits, sampling, generator)
-            if i == 0:
-                stats.ttft_s = time.perf_counter() - begin
-            for b, token in enumerate(chosen.tolist()):
-                if finish[b]:
-                    continue
-                if token in tokenizer.eos_ids and not ignore_eos:
-                    finish[b] = "stop"
-                    continue
-                tokens[b].append(token)
-                if texts[b].push(token):
-                    finish[b] = "stop"
-            if all(finish) or i + 1 == max_new_tokens:
-                break
-            try:
-                logits = session.step(chosen)
-            except ContextFull:
-                finish = [f or "context" for f in finish]
-                break
-        stats.new_tokens = sum(map(len, tokens))
-        stats.total_s = time.perf_counter() - begin
-        stats.kv_bytes = session.kv_bytes
-        return [
-            Generation(texts[b].finish(), tokens[b], prompt_tokens[b], finish[b] or "length", session.reads[b], stats)
-            for b in range(count)
-        ]
+        with self._session(ids, options.max_new_tokens, overflow, collect_mass) as (session, logits):
+            return write_on(session, logits, [len(p) for p in ids], begin, options)

@@ -12,8 +12,9 @@ from dataclasses import asdict, dataclass, field
 class ChunkRead:
     """The memories one chunk of one sequence read.
 
-    where: "prompt" or "generated"; [start, end) are token offsets in it; `end` grows while a chunk is generated.
-    scores: cosine similarity of the query; mass: mean share of attention each memory got (empty if not collected).
+    where: "prompt" or "generated"; [start, end): tokens of it, the opening not counted; in a chat, prompt tokens count
+    on from turn to turn. scores: cosine similarity of the query; mass: mean share of attention each memory got over
+    mass_rows tokens (empty if not collected).
     """
 
     where: str
@@ -23,6 +24,11 @@ class ChunkRead:
     scores: list[float]
     query: str = ""
     mass: list[float] = field(default_factory=list)
+    mass_rows: int = 0
+
+    def again(self, where: str, start: int, end: int) -> ChunkRead:
+        """The same memories, read by a later chunk."""
+        return ChunkRead(where, start, end, self.ids, self.scores, self.query)
 
     def to_dict(self) -> dict:
         return {**asdict(self), "ids": [i.hex() for i in self.ids]}
@@ -32,9 +38,10 @@ class ChunkRead:
 class Stats:
     """Of one `generate` call (the whole batch). Seconds, bytes, tokens.
 
+    prompt_tokens: rows that were prefilled (openings, and the references of "rag", included).
     ttft_s: from the call to the first token (retrieval and prefill included). kv_bytes: key-values held per sequence
-    at the end, memories included. bytes_loaded: record bytes read into slots. steps: decode passes.
-    times: seconds by stage.
+    when it ended, memories included. bytes_loaded: record bytes read into slots. retrievals: queries searched for.
+    steps: decode passes. times: seconds by stage (what a prefetch does overlaps with "decode").
     """
 
     batch: int = 0

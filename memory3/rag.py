@@ -9,27 +9,23 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from .generation import Stats
+from .generation import ChunkRead, Stats
 
 if TYPE_CHECKING:
     from .engine import Engine
 
 
-def with_references(engine: Engine, prompts: Sequence[Sequence[int]], stats: Stats) -> list[list[int]]:
-    """Prompts with their references in front: prefix, reference, ..., prefix, reference, context BOS, prompt.
+def with_references(
+    engine: Engine, prompts: Sequence[Sequence[int]], stats: Stats
+) -> tuple[list[list[int]], list[ChunkRead]]:
+    """For each prompt what goes in front of its opening (prefix, reference, ..., prefix, reference), and what was read.
 
     The query is the first chunk of the prompt; the most similar reference stands last, next to the question.
     """
-    memory, tokenizer = engine.model.memory, engine.model.tokenizer
-    with stats.stage("embed"):
-        vectors = engine.embedder.encode([tokenizer.decode(p[: engine.chunk], skip_special=True) for p in prompts])
-    with stats.stage("search"):
-        found, _ = engine.bank.search(vectors, engine.refs)
-    stats.retrievals += len(prompts)
-    out = []
-    for prompt, ids in zip(prompts, found, strict=True):
-        rows: list[int] = []
-        for record in reversed(ids):
-            rows += [*memory.prefix_ids, *engine.bank.token_ids(record)]
-        out.append([*rows, *engine._opening(prompt), *prompt])
-    return out
+    ids, scores, texts = engine.search([p[: engine.chunk] for p in prompts], stats)
+    prefix, bank = engine.model.memory.prefix_ids, engine.bank
+    fronts = [[t for record in reversed(found) for t in (*prefix, *bank.token_ids(record))] for found in ids]
+    reads = [
+        ChunkRead("prompt", 0, len(prompt), *hit) for prompt, *hit in zip(prompts, ids, scores, texts, strict=True)
+    ]
+    return fronts, reads

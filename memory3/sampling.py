@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +11,11 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Sampling:
-    """temperature 0 is greedy. top_k 0 and top_p 1 switch their filter off; seed makes a run repeatable."""
+    """temperature 0 is greedy. top_k 0 and top_p 1 switch their filter off.
+
+    seed makes a run repeatable: sequence b of a batch draws from its own generator, seeded with seed + b, so what it
+    says does not depend on the others. None: another text every time.
+    """
 
     temperature: float = 0.0
     top_k: int = 0
@@ -25,23 +30,38 @@ class Sampling:
         if self.top_k < 0:
             raise ValueError(f"top_k: expected 0 (off) or more, got {self.top_k}")
 
-    def generator(self) -> torch.Generator:
-        generator = torch.Generator()
-        return generator.manual_seed(self.seed) if self.seed is not None else generator
+    def generators(self, count: int) -> list[torch.Generator]:
+        """One per sequence of a batch."""
+        made = [torch.Generator() for _ in range(count)]
+        for b, generator in enumerate(made):
+            if self.seed is None:
+                generator.seed()  # a fresh generator is not random by itself
+            else:
+                generator.manual_seed(self.seed + b)
+        return made
 
 
-def sample(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> Tensor:
-    """Next tokens int64 [B] from logits [B, V]."""
+def sample(logits: Tensor, sampling: Sampling, generators: Sequence[torch.Generator]) -> Tensor:
+    """Next tokens int64 [B] from logits [B, V]; one generator per row."""
     if sampling.temperature == 0:
         return logits.argmax(-1)
-    scaled = logits.float() / sampling.temperature
+    probability = filtered(logits, sampling).softmax(-1)
+    rows = zip(probability, generators, strict=True)
+    return torch.cat([torch.multinomial(p, 1, generator=generator) for p, generator in rows])
+
+
+def filtered(logits: Tensor, sampling: Sampling) -> Tensor:
+    """Logits fp32 [B, V] over the temperature (which must not be 0), -inf where a filter cuts."""
+    logits = logits.float()
+    # From the row's maximum down: a tiny temperature gives -inf, never inf - inf.
+    scaled = (logits - logits.amax(-1, keepdim=True)) / sampling.temperature
     if sampling.top_k:
         kth = scaled.topk(min(sampling.top_k, scaled.shape[-1]), -1).values[..., -1:]
         scaled = scaled.masked_fill(scaled < kth, -torch.inf)
     if sampling.top_p < 1:
-        ordered, order = scaled.sort(-1, descending=True)
+        ordered, order = scaled.sort(-1, descending=True, stable=True)
         probability = ordered.softmax(-1)
         # A token is cut when the mass before it already reaches top_p: the first one always stays.
         cut = probability.cumsum(-1) - probability >= sampling.top_p
         scaled = scaled.scatter(-1, order, ordered.masked_fill(cut, -torch.inf))
-    return torch.multinomial(scaled.softmax(-1), 1, generator=generator).squeeze(-1)
+    return scaled

@@ -2,36 +2,66 @@
 
 The chunk rule (Memory3, arXiv 2407.01178, section 3.1; what the paper leaves open is fixed here):
   - prompt: every 64 tokens are their own query and read their own memories; a last piece of fewer than `min_query`
-    tokens keeps the memories of the piece before it (the first piece always asks);
+    tokens keeps the memories of the piece before it (the first piece of a first prompt always asks);
   - generated: the first chunk inherits the last prompt chunk's memories; after every 64 generated tokens the old ones
     are dropped and those 64 tokens are the query for the next forward pass.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import Future
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .generation import ChunkRead, Stats
 from .memory import MemoryRead
-from .model.cache import KVCache
 
 if TYPE_CHECKING:
     from .engine import Engine
 
 
-def cut(tokens: int, chunk: int, min_query: int, has_previous: bool) -> list[tuple[int, int, bool]]:
-    """Pieces (start, end, asks) of a prompt: 64 tokens each, the last maybe shorter and then maybe silent."""
+class Piece(NamedTuple):
+    """Prompt tokens [start, end) that read the same memories; `asks`: they are a query of their own."""
+
+    start: int
+    end: int
+    asks: bool
+
+
+def cut(tokens: int, chunk: int, min_query: int, has_previous: bool) -> list[Piece]:
+    """Pieces of a prompt: 64 tokens each, the last maybe shorter and then maybe silent."""
     pieces = []
     for start in range(0, tokens, chunk):
         end = min(start + chunk, tokens)
         asks = end - start >= min(min_query, chunk) or (start == 0 and not has_previous)
-        pieces.append((start, end, asks))
+        pieces.append(Piece(start, end, asks))
     return pieces
+
+
+class Found(NamedTuple):
+    """What a query retrieved: slots are pinned, best first."""
+
+    slots: list[int]
+    ids: list[bytes]
+    scores: list[float]
+    query: str
+
+    def read(self, where: str, start: int, end: int) -> ChunkRead:
+        return ChunkRead(where, start, end, self.ids, self.scores, self.query)
+
+
+@dataclass(eq=False)
+class Track:
+    """One sequence: what it read so far, its present set of slots (pinned), its tokens since the last retrieval."""
+
+    reads: list[ChunkRead] = field(default_factory=list)
+    slots: list[int] = field(default_factory=list)
+    since: list[int] = field(default_factory=list)
+    prompt_tokens: int = 0
 
 
 class Session:
@@ -43,19 +73,14 @@ class Session:
     def __init__(self, engine: Engine, batch: int, capacity: int, overflow: str = "error", collect_mass: bool = False):
         self.engine = engine
         self.stats = Stats(batch=batch)
-        self.reads: list[list[ChunkRead]] = [[] for _ in range(batch)]
-        model = engine.model
-        self.cache = KVCache(model.config, batch, capacity, model.dtype, overflow=overflow)
-        if engine.reads_memory:
-            self.cache.start(model.prefix)
-        self._collect_mass = collect_mass
-        self._slots: list[list[int]] = [[] for _ in range(batch)]  # each sequence's present set, pinned
-        self._read: MemoryRead | None = None  # the same set as operands of `decode`
-        self._since: list[list[int]] = [[] for _ in range(batch)]  # tokens generated since the last retrieval
-        self._prompt_tokens = [0] * batch
+        self.collect_mass = collect_mass
+        self.cache = engine.model.new_cache(batch, capacity, memory=engine.reads_memory, overflow=overflow)
+        self._all = [Track() for _ in range(batch)]
+        self._rows = list(self._all)  # sequences still running, in the order of the cache's rows
+        self._read: MemoryRead | None = None  # their present sets as operands of `decode`
         self._generated = 0
-        self._mass_rows = 0
-        self._prefetched: Future | None = None
+        self._ended_bytes = 0
+        self._prefetch: tuple[list[Track], Future[list[Found]]] | None = None
 
     def __enter__(self) -> Session:
         return self
@@ -65,95 +90,115 @@ class Session:
 
     def close(self) -> None:
         """Unpins every slot; the session can no longer be stepped."""
-        self._drop_prefetched()
-        self._release(self._slots)
-        self._slots = [[] for _ in self._slots]
+        self._drop_prefetch()
+        self._release(self._rows)
+
+    @property
+    def reads(self) -> list[list[ChunkRead]]:
+        """Per sequence, in order of time."""
+        return [track.reads for track in self._all]
 
     # ---- prompt ----------------------------------------------------------------------------------------------------
 
-    def feed(self, prompts: Sequence[Sequence[int]], opening: Sequence[int] = ()) -> Tensor:
+    def feed(self, prompts: Sequence[Sequence[int]], openings: Sequence[Sequence[int]] | None = None) -> Tensor:
         """Runs prompt tokens through the model; logits fp32 [B, V] after the last token of each.
 
         Args:
-            prompts: token ids per sequence, at least one each.
-            opening: tokens put before each prompt that belong to no query (the context BOS).
+            prompts: token ids per sequence.
+            openings: tokens put before each prompt that belong to no query (the context BOS).
 
         Raises:
-            ContextFull: no room (with overflow="error").
+            ContextFull: no room. With overflow="error" nothing was changed then.
             SlotsExhausted: one chunk per sequence already needs more slots than the arena has.
         """
-        if any(len(p) + len(opening) == 0 for p in prompts):
+        engine = self.engine
+        openings = openings or [()] * len(prompts)
+        lengths = [len(o) + len(p) for o, p in zip(openings, prompts, strict=True)]
+        if 0 in lengths:
             raise ValueError("prompts: expected at least one token in each, got an empty one")
-        self.stats.prompt_tokens += sum(map(len, prompts))
-        self._drop_prefetched()
-        self._generated = 0
-        if not self.engine.reads_memory:
-            with self.stats.stage("prefill"):
-                return self._prefill([[*opening, *p] for p in prompts], None)
+        if self.cache.overflow == "error":
+            self.cache.make_room(lengths)  # refuses now, before anything is retrieved
+        self._drop_prefetch()
+        self.stats.prompt_tokens += sum(lengths)
         pieces = [
-            cut(len(p), self.engine.chunk, self.engine.min_query, bool(self.reads[b])) or [(0, 0, False)]
-            for b, p in enumerate(prompts)
+            cut(len(p), engine.chunk, engine.min_query, bool(track.reads)) or [Piece(0, 0, False)]
+            for track, p in zip(self._rows, prompts, strict=True)
         ]
-        # As many pieces per pass as the arena can hold at once: long prompts take several passes.
-        room = max(1, self.engine.arena.slots // max(1, self.engine.refs * len(prompts)) - 1)
         logits: Tensor | None = None
+        room = self._pieces_per_pass(lengths, max(map(len, openings)))
         for first in range(0, max(map(len, pieces)), room):
             part = [p[first : first + room] for p in pieces]
-            new = self._feed_pieces(prompts, part, opening if first == 0 else ())
+            new = self._feed_pieces(prompts, part, openings if first == 0 else [()] * len(prompts))
             active = torch.tensor([bool(p) for p in part])
             logits = new if logits is None else torch.where(active[:, None], new, logits)
-        self._since = [[] for _ in prompts]
-        self._prompt_tokens = [n + len(p) for n, p in zip(self._prompt_tokens, prompts, strict=True)]
+        self._generated = 0
+        for track, prompt in zip(self._rows, prompts, strict=True):
+            track.since.clear()
+            track.prompt_tokens += len(prompt)
         return logits
 
-    def _feed_pieces(self, prompts, part, opening) -> Tensor:
-        queries = [
-            (b, start, end, list(prompts[b][start:end]))
-            for b, pieces in enumerate(part)
-            for start, end, asks in pieces
-            if asks
+    def _pieces_per_pass(self, lengths: list[int], opening: int) -> int:
+        """How many pieces of each prompt fit one forward pass: the arena and a sliding cache bound them."""
+        engine, cache = self.engine, self.cache
+        room = max(lengths)
+        if any(have + new > cache.limit for have, new in zip(cache.lengths, lengths, strict=True)):
+            fixed = cache.prefix_len + len(engine.model.memory.context_bos_ids) + opening
+            room = (cache.limit - fixed) // engine.chunk
+        if engine.reads_memory:
+            room = min(room, engine.arena.slots // max(1, engine.refs * len(lengths)))
+        return max(1, room)
+
+    def _feed_pieces(self, prompts, part: list[list[Piece]], openings) -> Tensor:
+        """One pass over some pieces of every prompt (none of a prompt that is through)."""
+        asking = [
+            (track, list(prompt[p.start : p.end]))
+            for track, prompt, pieces in zip(self._rows, prompts, part, strict=True)
+            for p in pieces
+            if p.asks and self.engine.reads_memory
         ]
-        slots, hits, texts = self._retrieve([tokens for *_, tokens in queries])
-        found = iter(zip(queries, slots, hits, texts, strict=True))
+        # A silent piece is the last of its prompt, so who asks at all asks first and no longer needs the old set.
+        self._release(dict.fromkeys(track for track, _ in asking))
+        found = self._retrieve([tokens for _, tokens in asking])
+        spare = [f.slots for f in found]
+        answers = iter(found)
         rows, sets, lengths, owners = [], [], [], []
-        for b, pieces in enumerate(part):
-            rows.append([])
-            for i, (start, end, asks) in enumerate(pieces):
-                tokens = list(prompts[b][start:end])
-                if i == 0:
-                    tokens = [*opening, *tokens]
-                if asks:
-                    (_, start, end, _), new, (ids, scores), text = next(found)
-                    self._release([self._slots[b]] if i == 0 else [])
-                    offset = self._prompt_tokens[b]
-                    self.reads[b].append(ChunkRead("prompt", offset + start, offset + end, ids, scores, text))
-                    current = new
-                else:
-                    current = sets[-1] if i > 0 else self._slots[b]
-                    if self.reads[b]:
-                        self.reads[b][-1].end = self._prompt_tokens[b] + end
-                rows[b] += tokens
-                lengths.append(len(tokens))
-                sets.append(current)
-                owners.append((b, self.reads[b][-1] if self.reads[b] else None))
-            if pieces:
-                self._slots[b] = sets[-1]
-        read = self._operands(sets, lengths)
-        with self.stats.stage("prefill"):
+        try:
+            for track, prompt, pieces, opening in zip(self._rows, prompts, part, openings, strict=True):
+                rows.append([*opening, *(t for p in pieces for t in prompt[p.start : p.end])])
+                for i, piece in enumerate(pieces):
+                    if self.engine.reads_memory:
+                        answer = next(answers) if piece.asks else None
+                        self._note_prompt_read(track, piece, answer)
+                        track.slots = track.slots if answer is None else answer.slots
+                        owners.append(track.reads[-1] if track.reads else None)
+                    sets.append(track.slots)
+                    lengths.append(piece.end - piece.start + (len(opening) if i == 0 else 0))
+            read = self._operands(sets, lengths)
             logits = self._prefill(rows, read)
-        if self._collect_mass:
-            self._note_chunk_mass(read, lengths, owners)
-        held = [id(s) for s in self._slots]
-        self._release([s for s in {id(s): s for s in sets}.values() if id(s) not in held])
-        self._use_slots()
+        finally:  # of a prompt's sets only the last stays in use
+            held = {id(track.slots) for track in self._rows}
+            self._unpin(slots for slots in spare if id(slots) not in held)
+        if self.collect_mass and read is not None:
+            _note_chunk_mass(read, lengths, owners)
+        self._refresh()
         return logits
 
-    def _prefill(self, rows: list[list[int]], read: MemoryRead | None) -> Tensor:
-        cu = [0]
-        for r in rows:
-            cu.append(cu[-1] + len(r))
+    @staticmethod
+    def _note_prompt_read(track: Track, piece: Piece, answer: Found | None) -> None:
+        start, end = track.prompt_tokens + piece.start, track.prompt_tokens + piece.end
+        if answer is not None:
+            track.reads.append(answer.read("prompt", start, end))
+        elif piece.start == 0 and track.reads:  # a short next prompt: the memories of before, a read of its own
+            track.reads.append(track.reads[-1].again("prompt", start, end))
+        elif track.reads:
+            track.reads[-1].end = end
+
+    def _prefill(self, rows: list[list[int]], read: MemoryRead | None, every_row: bool = False) -> Tensor:
+        """Appends tokens to the cache; logits after each sequence's last token, or after every token."""
         tokens = torch.tensor([t for r in rows for t in r], dtype=torch.int64)
-        return self.engine.model.net.prefill(tokens, torch.tensor(cu, dtype=torch.int32), self.cache, read)
+        wanted = torch.arange(len(tokens)) if every_row else None
+        with self.stats.stage("prefill"):
+            return self.engine.model.net.prefill(tokens, offsets(map(len, rows)), self.cache, read, rows=wanted)
 
     def rewind(self, rows: int) -> None:
         """Forgets all but the first `rows` context rows (prefix not counted) of a session of one sequence."""
@@ -175,123 +220,147 @@ class Session:
             logits: what `feed` returned: they predict each first token.
         """
         rows = [list(a) for a in answers]
-        lengths = [len(a) for a in rows]
-        read = self._operands(self._slots, lengths) if self.engine.reads_memory else None
-        cu = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
-        tokens = torch.tensor([t for r in rows for t in r], dtype=torch.int64)
-        after = self.engine.model.net.prefill(tokens, cu, self.cache, read, rows=torch.arange(len(tokens)))
-        scores = []
-        for b, (begin, end) in enumerate(zip(cu[:-1].tolist(), cu[1:].tolist(), strict=True)):
-            predicting = torch.cat([logits[b : b + 1], after[begin : end - 1]])
-            scores.append(predicting.log_softmax(-1).gather(1, tokens[begin:end, None]).squeeze(1))
+        after = self._prefill(rows, self._operands([t.slots for t in self._rows], map(len, rows)), every_row=True)
+        scores, begin = [], 0
+        for b, row in enumerate(rows):
+            predicting = torch.cat([logits[b : b + 1], after[begin : begin + len(row) - 1]])
+            scores.append(predicting.log_softmax(-1).gather(1, torch.tensor(row)[:, None]).squeeze(1))
+            begin += len(row)
         return scores
 
     # ---- generated tokens ------------------------------------------------------------------------------------------
 
     def step(self, tokens: Tensor) -> Tensor:
         """Takes one new token per sequence, int64 [B]; logits fp32 [B, V] for the one after it."""
-        engine = self.engine
-        if engine.reads_memory:
-            if self._generated == 0:
-                self._inherit()
-            for since, token in zip(self._since, tokens.tolist(), strict=True):
-                since.append(token)
-            self._generated += 1
-            if len(self._since[0]) == engine.chunk:
-                self._change_memories()
-            elif engine.prefetch and len(self._since[0]) == engine.chunk - engine.prefetch:
-                self._prefetched = engine.background.submit(self._retrieve, [list(s) for s in self._since])
+        self._generated += 1
+        if self.engine.reads_memory:
+            self._advance(tokens.tolist())
         with self.stats.stage("decode"):
-            logits = engine.model.net.decode(tokens, self.cache, self._read)
+            logits = self.engine.model.net.decode(tokens, self.cache, self._read)
         self.stats.steps += 1
-        if engine.reads_memory:
-            for b, reads in enumerate(self.reads):
-                if reads:
-                    reads[-1].end = self._generated
-                    if self._collect_mass:
-                        self._note_row_mass(reads[-1], b)
-            self._mass_rows += 1
+        for row, track in enumerate(self._rows if self.engine.reads_memory else ()):
+            if track.reads:
+                if self.collect_mass:
+                    _add_mass(track.reads[-1], self._read.mass[row : row + 1])
+                track.reads[-1].end = self._generated + 1  # the token that this pass predicts
         return logits
 
-    def _inherit(self) -> None:
-        """The first generated chunk reads what the last prompt chunk read: a read of its own in the record."""
-        for reads in self.reads:
-            if reads:
-                last = reads[-1]
-                reads.append(ChunkRead("generated", 0, 0, last.ids, last.scores, last.query))
-        self._mass_rows = 0
+    def full(self) -> list[int]:
+        """Rows that cannot take another token (none where the cache may slide)."""
+        cache = self.cache
+        return [b for b, n in enumerate(cache.lengths) if n >= cache.limit] if cache.overflow == "error" else []
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Goes on with these rows only, in this order; the others have ended."""
+        before = self._bytes_in_use()
+        stay = [self._rows[row] for row in rows]
+        self._release(track for track in self._rows if track not in stay)
+        self._rows, self.cache = stay, self.cache.keep(rows)
+        self._ended_bytes += before - self._bytes_in_use()
+        self._refresh()
+
+    def _advance(self, tokens: list[int]) -> None:
+        """Counts the new tokens of every row; changes the memories when a chunk is full."""
+        engine = self.engine
+        for track, token in zip(self._rows, tokens, strict=True):
+            track.since.append(token)
+            if self._generated == 1 and track.reads:  # the first generated chunk inherits
+                track.reads.append(track.reads[-1].again("generated", 0, 1))
+        count = len(self._rows[0].since)
+        if count == engine.chunk:
+            self._change_memories()
+        elif engine.prefetch and count == engine.chunk - engine.prefetch:
+            queries = [list(track.since) for track in self._rows]
+            self._prefetch = list(self._rows), engine.background.submit(self._retrieve, queries)
 
     def _change_memories(self) -> None:
-        if self._prefetched is not None:
-            with self.stats.stage("wait for prefetch"):
-                slots, hits, texts = self._prefetched.result()
-            self._prefetched = None
+        if self._prefetch is None:
+            self._release(self._rows)
+            asked, found = self._rows, self._retrieve([track.since for track in self._rows])
         else:
-            slots, hits, texts = self._retrieve([list(s) for s in self._since])
-        self._release(self._slots)
-        self._slots = slots
-        self._use_slots()
-        for b, ((ids, scores), text) in enumerate(zip(hits, texts, strict=True)):
-            begin = self._generated - 1
-            self.reads[b].append(ChunkRead("generated", begin, begin, ids, scores, text))
-            self._since[b].clear()
-        self._mass_rows = 0
+            asked, future = self._prefetch
+            with self.stats.stage("wait for prefetch"):
+                found = future.result()
+            self._prefetch = None
+            self._release(self._rows)
+        for track, answer in zip(asked, found, strict=True):
+            if track not in self._rows:  # ended while its memories were fetched
+                self._unpin([answer.slots])
+                continue
+            track.slots = answer.slots
+            track.reads.append(answer.read("generated", self._generated, self._generated))
+            track.since.clear()
+        self._refresh()
 
     # ---- memories --------------------------------------------------------------------------------------------------
 
-    def _retrieve(self, queries: list[list[int]]):
-        """Pinned slots, (ids, scores) and query text of each query; one search and one load for all."""
+    def _retrieve(self, queries: list[list[int]]) -> list[Found]:
+        """One search and one load for all queries."""
         if not queries:
-            return [], [], []
+            return []
         engine, stats = self.engine, self.stats
-        texts = [engine.model.tokenizer.decode(q, skip_special=True) for q in queries]
-        with stats.stage("embed"):
-            vectors = engine.embedder.encode(texts)
-        with stats.stage("search"):
-            ids, scores = engine.bank.search(vectors, engine.refs)
+        ids, scores, texts = engine.search(queries, stats)
         with stats.stage("load"):
             slots, loaded = engine.load(ids)
         stats.bytes_loaded += loaded
-        stats.retrievals += len(queries)
-        hits = [(list(i), [float(s) for s in row]) for i, row in zip(ids, scores, strict=True)]
-        return slots, hits, texts
+        return [Found(*answer) for answer in zip(slots, ids, scores, texts, strict=True)]
 
-    def _operands(self, sets: list[list[int]], lengths: list[int]) -> MemoryRead:
+    def _operands(self, sets: list[list[int]], lengths: Iterable[int]) -> MemoryRead | None:
+        """One set of slots per chunk of `lengths` rows."""
+        if not self.engine.reads_memory:
+            return None
         arena, refs = self.engine.arena, self.engine.refs
-        slots = torch.full((len(sets), refs), -1, dtype=torch.int32)
-        for c, chosen in enumerate(sets):
-            slots[c, : len(chosen)] = torch.tensor(chosen, dtype=torch.int32)
-        cu_chunk = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
-        return MemoryRead(arena.kv, arena.length, slots, cu_chunk, arena.bias, collect_mass=self._collect_mass)
+        slots = torch.tensor([[*s, *[-1] * (refs - len(s))] for s in sets], dtype=torch.int32).view(len(sets), refs)
+        return MemoryRead(arena.kv, arena.length, slots, offsets(lengths), arena.bias, collect_mass=self.collect_mass)
 
-    def _use_slots(self) -> None:
-        self._read = self._operands(self._slots, [1] * len(self._slots))
+    def _refresh(self) -> None:
+        self._read = self._operands([track.slots for track in self._rows], [1] * len(self._rows))
 
-    def _drop_prefetched(self) -> None:
-        if self._prefetched is not None:
-            self._release(self._prefetched.result()[0])
-            self._prefetched = None
+    def _drop_prefetch(self) -> None:
+        """Waits for memories that nobody will read and lets go of them; that they failed no longer matters."""
+        if self._prefetch is not None:
+            _, future = self._prefetch
+            self._prefetch = None
+            if future.exception() is None:
+                self._unpin(found.slots for found in future.result())
 
-    def _release(self, sets: list[list[int]]) -> None:
-        for chosen in sets:
-            self.engine.arena.release(chosen)
+    def _release(self, tracks: Iterable[Track]) -> None:
+        for track in tracks:
+            slots, track.slots = track.slots, []
+            self._unpin([slots])
 
-    def _note_chunk_mass(self, read: MemoryRead, lengths: list[int], owners) -> None:
-        begin = 0
-        for (_, chunk), n in zip(owners, lengths, strict=True):
-            if chunk is not None and n and not chunk.mass:
-                chunk.mass = read.mass[begin : begin + n, : len(chunk.ids)].mean(0).tolist()
-            begin += n
+    def _unpin(self, sets: Iterable[list[int]]) -> None:
+        for slots in sets:
+            if slots:
+                self.engine.arena.release(slots)
 
-    def _note_row_mass(self, chunk: ChunkRead, b: int) -> None:
-        """Running mean over the rows of a generated chunk."""
-        row = self._read.mass[b, : len(chunk.ids)].tolist()
-        seen = self._mass_rows
-        before = chunk.mass or [0.0] * len(row)
-        chunk.mass = [(m * seen + x) / (seen + 1) for m, x in zip(before, row, strict=True)]
+    def _bytes_in_use(self) -> int:
+        slots = sum(len(track.slots) for track in self._rows)
+        return self.cache.nbytes + (slots * self.engine.arena.slot_bytes if slots else 0)
 
     @property
     def kv_bytes(self) -> int:
-        """Key-value bytes per sequence: cache rows in use and the memories in reach."""
-        held = sum(len(s) for s in self._slots) * self.engine.arena.kv[0].nbytes if self.engine.reads_memory else 0
-        return (self.cache.nbytes + held) // max(1, self.cache.batch)
+        """Key-value bytes per sequence: cache rows and the memories in reach, now or when the sequence ended."""
+        return (self._ended_bytes + self._bytes_in_use()) // max(1, len(self._all))
+
+
+def offsets(lengths: Iterable[int]) -> Tensor:
+    """int32 [n + 1]: where each of n runs begins and the last one ends."""
+    return torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+
+
+def _note_chunk_mass(read: MemoryRead, lengths: list[int], owners: list[ChunkRead | None]) -> None:
+    """Attention mass of prompt chunks (a silent piece counts to the chunk whose memories it keeps)."""
+    for chunk, rows in zip(owners, read.mass.split(lengths), strict=True):
+        if chunk is not None:
+            _add_mass(chunk, rows)
+
+
+def _add_mass(chunk: ChunkRead, rows: Tensor) -> None:
+    """Running mean over the rows [n, R] of a chunk."""
+    if not len(rows):
+        return
+    new = rows[:, : len(chunk.ids)].mean(0).tolist()
+    before, seen = chunk.mass or [0.0] * len(new), chunk.mass_rows
+    chunk.mass_rows += len(rows)
+    chunk.mass = [m + (x - m) * len(rows) / (seen + len(rows)) for m, x in zip(before, new, strict=True)]

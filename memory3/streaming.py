@@ -11,41 +11,43 @@ class Detokenizer:
     """Collects one sequence's tokens; `on_piece` gets text that is final.
 
     Bytes of an unfinished character decode to U+FFFD and are held back, and so is a tail that begins a stop text.
+    What a token reads as may depend on the one before it (SentencePiece drops a text's first space): new tokens are
+    decoded behind the run that was settled last, and its text is taken off.
     """
 
     def __init__(self, tokenizer, stop: Sequence[str] = (), on_piece: Callable[[str], None] | None = None) -> None:
-        if any(not s for s in stop):
-            raise ValueError("stop: expected non-empty texts, got an empty one")
         self._tokenizer, self._stop, self._on_piece = tokenizer, tuple(stop), on_piece
         self._ids: list[int] = []
-        self._settled = 0  # tokens whose text is in self._text
+        self._run = self._settled = 0  # the run settled last is ids[_run:_settled]
         self._text = ""
         self._shown = 0
         self._ended = False
 
     def push(self, token: int) -> bool:
         """Adds a token; True when a stop text is complete (later tokens are ignored)."""
-        if self._ended:
-            return True
-        self._ids.append(token)
-        pending = self._tokenizer.decode(self._ids[self._settled :])
-        # A leading character may depend on its left neighbour in some tokenizers: decode in runs, not per token.
-        if not pending.endswith("\ufffd"):
-            self._text += pending
-            self._settled = len(self._ids)
-            self._cut_at_stop()
-            self._show(final=self._ended)
+        if not self._ended:
+            self._ids.append(token)
+            if not self._pending().endswith("\ufffd"):
+                self._settle()
+                self._show(final=self._ended)
         return self._ended
 
     def finish(self) -> str:
         """The whole text; what was held back is shown."""
         if not self._ended:
-            self._text += self._tokenizer.decode(self._ids[self._settled :])
-            self._settled = len(self._ids)
-            self._cut_at_stop()
+            self._settle()
         self._ended = True
         self._show(final=True)
         return self._text
+
+    def _pending(self) -> str:
+        known = len(self._tokenizer.decode(self._ids[self._run : self._settled]))
+        return self._tokenizer.decode(self._ids[self._run :])[known:]
+
+    def _settle(self) -> None:
+        self._text += self._pending()
+        self._run, self._settled = self._settled, len(self._ids)
+        self._cut_at_stop()
 
     def _cut_at_stop(self) -> None:
         found = [at for at in (self._text.find(s) for s in self._stop) if at >= 0]
