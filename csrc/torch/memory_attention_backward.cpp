@@ -1,0 +1,62 @@
+#include <vector>
+
+#include "torch/memory_attention_args.h"
+
+namespace m3::binding {
+namespace {
+
+Tensor zeros_like(const Tensor& q, const MaybeTensor& like) {
+  if (!like) return torch::stable::new_empty(q, {0});
+  std::vector<int64_t> shape;
+  for (int64_t i = 0; i < like->dim(); ++i) shape.push_back(like->size(i));
+  return torch::stable::new_zeros(*like, shape);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> memory_attention_backward(
+    const Tensor& grad_out, const Tensor& grad_lse, const Tensor& out, const Tensor& lse, const Tensor& q,
+    const MaybeTensor& k, const MaybeTensor& v, const Tensor& cu_q, const Tensor& cu_k, const Tensor& cu_chunk,
+    const Tensor& mem_k, const Tensor& mem_v, const Tensor& mem_slot, const Tensor& mem_len,
+    const MaybeTensor& mem_bias, const MaybeTensor& head_map, bool memory_grad, double scale, int64_t max_q,
+    int64_t max_k, int64_t max_chunk) {
+  AttentionArgs args;
+  M3MemoryAttentionBackwardParams p{};
+  p.forward = attention_args(args, q, k, v, cu_q, cu_k, cu_chunk, mem_k, mem_v, mem_slot, mem_len, mem_bias, head_map,
+                             scale, max_q, max_k, max_chunk);
+  const int64_t rows = p.forward.rows, heads = p.forward.heads, dim = p.forward.dim;
+  expect_shape(grad_out, "grad_out", {rows, heads, dim});
+  expect_type(grad_out, "grad_out", q.scalar_type());
+  expect_shape(out, "out", {rows, heads, dim});
+  expect_type(out, "out", q.scalar_type());
+  expect_shape(grad_lse, "grad_lse", {rows, heads});
+  expect_type(grad_lse, "grad_lse", ScalarType::Float);
+  expect_shape(lse, "lse", {rows, heads});
+  expect_type(lse, "lse", ScalarType::Float);
+  const Tensor g = torch::stable::contiguous(grad_out), u = torch::stable::contiguous(grad_lse);
+  const Tensor o = torch::stable::contiguous(out), l = torch::stable::contiguous(lse);
+  p.grad_out = g.const_data_ptr();
+  p.grad_lse = u.const_data_ptr<float>();
+  // The core only reads these two here; the struct is the forward's, where they are outputs.
+  p.forward.out = const_cast<void*>(o.const_data_ptr());
+  p.forward.lse = const_cast<float*>(l.const_data_ptr<float>());
+
+  const MaybeTensor absent;
+  Tensor grad_q = torch::stable::new_empty(q, {rows, heads, dim});
+  Tensor grad_k = zeros_like(q, k), grad_v = zeros_like(q, v);
+  Tensor grad_mem_k = zeros_like(q, memory_grad ? MaybeTensor(mem_k) : absent);
+  Tensor grad_mem_v = zeros_like(q, memory_grad ? MaybeTensor(mem_v) : absent);
+  const bool bias_grad = memory_grad && mem_bias.has_value();
+  Tensor grad_mem_bias = bias_grad ? zeros_like(q, mem_bias) : torch::stable::new_empty(q, {0}, ScalarType::Float);
+  p.grad_q = grad_q.mutable_data_ptr();
+  p.grad_k = k ? grad_k.mutable_data_ptr() : nullptr;
+  p.grad_v = k ? grad_v.mutable_data_ptr() : nullptr;
+  p.grad_mem_k = memory_grad ? grad_mem_k.mutable_data_ptr() : nullptr;
+  p.grad_mem_v = memory_grad ? grad_mem_v.mutable_data_ptr() : nullptr;
+  p.grad_mem_bias = bias_grad ? grad_mem_bias.mutable_data_ptr<float>() : nullptr;
+  check(m3_memory_attention_backward_cpu(&p));
+  return {grad_q, grad_k, grad_v, grad_mem_k, grad_mem_v, grad_mem_bias};
+}
+
+}  // namespace
+}  // namespace m3::binding
+
+M3_REGISTER_CPU(memory_attention_backward, m3::binding::memory_attention_backward)
