@@ -68,7 +68,7 @@ def build_bank(
     """
     encoder = as_embedder(embedder)
     with _bar(progress) as show:
-        chunks = collect(pack_all(entries, model.tokenizer.encode, model.memory.span), limit)
+        chunks = collect(pack_all(entries, model.tokenizer.encode_reference, model.memory.span), limit)
         if not chunks:
             raise BankError("the corpus has no text; nothing was written")
         bank = _open_or_create(Path(path), model, encoder, codec, chunks, seed)
