@@ -1,24 +1,35 @@
 """Kernels for explicit memory: select, gather, dequantise and attend, as torch operators in the namespace `memory3`.
 
 Importing needs torch alone: without the native library every op runs on its PyTorch reference
-(`python -m memory3_kernels.doctor` says what is loaded and why not).
+(`python -m memory3_kernels.doctor` says what is loaded and why not). `memory3_kernels.numpy_api`, the codec and the
+record format on numpy arrays, needs the native library but no torch.
 """
 
-from ._load import load as _load_native
+from importlib.util import find_spec as _find_spec
 
-_load_native()
+if _find_spec("torch") is not None:
+    from ._load import load as _load_native
 
-from ._backends import explain, use_backend  # noqa: E402
-from .book import Book  # noqa: E402
-from .ops.gather_dequantize import gather_dequantize  # noqa: E402
-from .ops.gather_memory import gather_memory  # noqa: E402
-from .ops.memory_attention import memory_attention  # noqa: E402
-from .ops.memory_attention_backward import memory_attention_backward  # noqa: E402
-from .ops.memory_decode import memory_decode  # noqa: E402
-from .ops.merge_attention_states import merge_attention_states  # noqa: E402
-from .ops.scatter_memory import scatter_memory  # noqa: E402
-from .ops.select_tokens import select_tokens  # noqa: E402
-from .ops.vq_dequantize import vq_dequantize  # noqa: E402
+    _load_native()
+
+    from ._backends import explain, use_backend
+    from .book import Book
+    from .ops.gather_dequantize import gather_dequantize
+    from .ops.gather_memory import gather_memory
+    from .ops.memory_attention import memory_attention
+    from .ops.memory_attention_backward import memory_attention_backward
+    from .ops.memory_decode import memory_decode
+    from .ops.merge_attention_states import merge_attention_states
+    from .ops.scatter_memory import scatter_memory
+    from .ops.select_tokens import select_tokens
+    from .ops.vq_dequantize import vq_dequantize
+else:  # numpy_api and the doctor still work
+
+    def __getattr__(name: str):
+        if name in __all__:
+            raise ImportError(f"memory3_kernels.{name} needs torch, which is not installed: pip install 'torch>=2.13'")
+        raise AttributeError(f"module 'memory3_kernels' has no attribute {name!r}")
+
 
 __version__ = "0.1.0"
 
