@@ -22,7 +22,6 @@ _EXPORTS = {
     "Llama": "memory3.model.llama",
     "KVCache": "memory3.model.cache",
     "ContextFull": "memory3.model.cache",
-    "calibrate": "memory3.calibrate",
     "Bank": "memory3.bank",
     "Embedder": "memory3.embed",
     "Engine": "memory3.engine",

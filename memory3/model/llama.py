@@ -6,6 +6,7 @@ Rows of all sequences are packed; every layer is one call of `memory_attention` 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 
 import torch
@@ -34,18 +35,28 @@ class Llama(nn.Module):
         if memory is not None:
             memory.check(config)
         self.config = config
-        self.memory = memory
         self.embed = nn.Parameter(torch.empty(config.vocab_size, config.dim))
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
         self.norm = RMSNorm(config.dim, config.norm_eps)
         self.head = Linear(config.dim, config.vocab_size, self.embed if config.tied else None)
         self.scale = config.head_dim**-0.5
         self.rope = Rope(config)
+        self._set_memory(memory)
+
+    def _set_memory(self, memory: MemoryConfig | None) -> None:
+        self.memory = memory
         self._memory_index = {layer: i for i, layer in enumerate(memory.layers)} if memory else {}
         self._head_maps: list[Tensor] | None = None
         if memory is not None and memory.head_map is not None:
-            with torch.device("cpu"):
-                self._head_maps = [torch.tensor(row, dtype=torch.int32) for row in memory.head_map]
+            self._head_maps = [torch.tensor(row, dtype=torch.int32, device="cpu") for row in memory.head_map]
+
+    def with_memory(self, memory: MemoryConfig | None) -> Llama:
+        """The same weights (shared, not copied) with other memory layers and heads."""
+        if memory is not None:
+            memory.check(self.config)
+        other = copy.copy(self)
+        other._set_memory(memory)
+        return other
 
     @property
     def dtype(self) -> torch.dtype:

@@ -5,7 +5,6 @@ import torch
 import torch.nn.functional as F
 
 from memory3 import PRESETS, ContextFull, MemoryConfig, MemoryModel, MemoryRead
-from memory3.model.llama import Llama
 
 from .common import cu, rel
 
@@ -70,8 +69,8 @@ class Parity:
         target = tokens[lo + rows + 1]
         for name, value in logits.items():
             total = self._totals.setdefault(name, [0.0, 0.0, 0.0, 0])
-            total[0] += float((value - reference).double().square().sum())
-            total[1] += float(reference.double().square().sum())
+            total[0] += float((value - reference).square_().sum())
+            total[1] += float(reference.square().sum())
             total[2] += float(F.cross_entropy(value[rows], target, reduction="sum"))
             total[3] += len(rows)
 
@@ -165,10 +164,7 @@ def dense_reader(smollm32):
     full = MemoryConfig(
         layers=range(30), tokens=64, span=64, prefix_ids=memory.prefix_ids, context_bos_ids=memory.context_bos_ids
     )
-    with torch.device("meta"):
-        net = Llama(smollm32.config, full)
-    net.load_state_dict(smollm32.net.state_dict(), assign=True)
-    net.head.weight = net.embed
+    net = smollm32.net.with_memory(full)
     return MemoryModel(net, smollm32.tokenizer, smollm32.model_hash)
 
 
