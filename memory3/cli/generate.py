@@ -39,7 +39,7 @@ def run(
     overflow: Annotated[str, typer.Option(help="A full context: error, or slide (oldest tokens fall out).")] = "error",
     prefetch: Annotated[int, typer.Option(help="Retrieve for the next chunk this many tokens early; 0: exact.")] = 0,
     chat: Annotated[bool, typer.Option("--chat", help="Put the prompt into the model's chat template.")] = False,
-    reads: Annotated[bool, typer.Option("--reads", help="Show which references were read, with attention mass.")] = False,
+    reads: Annotated[bool, typer.Option("--reads", help="Show the references read, with attention mass.")] = False,
     stats: Annotated[bool, typer.Option("--stats", help="Show tokens/s, bytes, and where the time went.")] = False,
     model: ModelOption = DEFAULT_MODEL,
     threads: ThreadsOption = 0,
@@ -87,7 +87,7 @@ def run(
         show_stats(result.stats)
 
 
-def by_hand(net, text: str, texts: list[str], tokens: int, temperature: float, seed, overflow: str, as_json: bool) -> None:
+def by_hand(net, text: str, texts: list[str], tokens, temperature, seed, overflow: str, as_json: bool) -> None:
     """Every token reads the memories of the given texts: no bank, no retriever."""
     options = {"max_new_tokens": tokens, "temperature": temperature, "seed": seed, "overflow": overflow}
     answer = net.generate(text, memories=net.write(texts), **options)

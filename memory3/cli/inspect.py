@@ -20,12 +20,12 @@ memory3 inspect my.bank --verify
 
 def run(
     bank: BankArgument,
-    record: Annotated[str | None, typer.Argument(help="First characters of a record id, as search prints them.")] = None,
+    record: Annotated[str | None, typer.Argument(help="First characters of a record id (search prints them).")] = None,
     layer: Annotated[int, typer.Option(help="Memory layer whose kept tokens are shown.")] = 0,
     verify: Annotated[bool, typer.Option("--verify", help="Read every record and check it.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Show what a bank holds, or which tokens of one reference its memory kept. Exit code 1 if --verify finds damage."""
+    """Show what a bank holds, or which tokens of a reference were kept. Exit code 1 if --verify finds damage."""
     from ..bank import Bank
 
     with Bank.open(bank) as store:
@@ -51,7 +51,7 @@ def find(store, start: str) -> bytes:
     """The one id that begins with these hex characters."""
     found = [i for i in store.ids() if i.hex().startswith(start.lower())]
     if len(found) != 1:
-        raise ValueError(f"record: expected the start of one id, {start!r} fits {len(found)}; `memory3 search` prints ids")
+        raise ValueError(f"record: expected the start of one id, {start!r} fits {len(found)}; `memory3 search` has ids")
     return found[0]
 
 

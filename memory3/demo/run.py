@@ -10,23 +10,22 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import torch
+
+from .. import data
+from ..bank import Bank
+from ..bank.build import build_bank, collect
+from ..bank.corpus import Encode, pack, pack_all
+from ..data import Entry
+from ..embed import Embedder
 from ..engine import Engine
+from ..model.load import load_model
 from .questions import Question, draw, is_hit
 
 MODES = ("none", "memory", "rag")
 TITLES = {"none": "no memory", "memory": "explicit memory", "rag": "RAG (text in the prompt)"}
 ANSWER_TOKENS = 32
 TIMED_TOKENS = 64
-
-
-@dataclass
-class Reference:
-    """One piece of a corpus entry, at most 128 tokens."""
-
-    title: str
-    text: str
-    source: str
-    token_ids: list[int]
 
 
 @dataclass
@@ -45,22 +44,18 @@ class Row:
     bytes_per_chunk: int
 
 
-def choose_references(tokenizer, span: int, count: int, seed: int) -> list[Reference]:
-    """`count` references, half wiki and half factbook entries, drawn by seed; whole entries, so slightly more."""
-    from .. import data
-    from ..bank.corpus import pack
-
-    chosen: list[Reference] = []
+def choose_entries(encode: Encode, span: int, count: int, seed: int) -> list[Entry]:
+    """Entries for `count` references (a few more: entries stay whole), half wiki and half factbook, drawn by seed."""
+    chosen: list[Entry] = []
     for source, entries in (("wiki", data.wiki()), ("factbook", data.factbook())):
         pool = list(entries)
         random.Random(f"{seed}-{source}").shuffle(pool)
-        mine: list[Reference] = []
+        pieces = 0
         for entry in pool:
-            if len(mine) >= count // 2:
+            if pieces >= (count + 1) // 2:
                 break
-            for piece in pack(entry, tokenizer, span):
-                mine.append(Reference(entry.title, piece.text, source, piece.token_ids))
-        chosen += mine
+            pieces += len(pack(entry, encode, span))
+            chosen.append(entry)
     return chosen
 
 
@@ -83,7 +78,7 @@ def ask(engine: Engine, questions: Sequence[Question], gold: Sequence[bytes], ba
     return answers, losses
 
 
-def time_modes(engines: dict[str, Engine], questions: Sequence[Question], rounds: int) -> dict[str, tuple[float, float]]:
+def time_modes(engines: dict[str, Engine], questions: Sequence[Question], rounds: int) -> dict[str, tuple]:
     """Medians over rounds of (time to first token, tokens/s), batch 1, modes interleaved."""
     seen: dict[str, list[tuple[float, float]]] = {mode: [] for mode in engines}
     for i in range(rounds):
@@ -97,32 +92,21 @@ def time_modes(engines: dict[str, Engine], questions: Sequence[Question], rounds
 
 def run(folder: Path, references: int, count: int, seed: int, threads: int, ui) -> dict:
     """The whole demo; `ui` shows progress and tables (memory3.demo.screen). Returns the report as a dict."""
-    import torch
-
-    from .. import load_model
-    from ..bank import Bank
-    from ..bank.build import build_bank
-    from ..embed import Embedder
-
     if threads:
         torch.set_num_threads(threads)
     begin = time.perf_counter()
     with ui.status("loading SmolLM2-135M and the embedder"):
         model, embedder = load_model("smollm2-135m"), Embedder()
-    with ui.status("choosing references"):
-        chosen = choose_references(model.tokenizer, model.memory.span, references, seed)
-        questions = draw([(r.title, r.text, r.source) for r in chosen], count, seed)
-    identity = model.identity(embedder=embedder.name)
+    with ui.status("choosing references and questions"):
+        encode, span = model.tokenizer.encode_reference, model.memory.span
+        entries = choose_entries(encode, span, references, seed)
+        chunks = collect(pack_all(entries, encode, span))
+        questions = draw([(c.title, c.text, c.source) for c in chunks], count, seed)
     path = folder / f"bank-{references}-{seed}"
-    fresh = not (path / "data.mdb").exists()
-    with Bank.create(path, identity) if fresh else Bank.open(path, identity, write=True) as bank:
-        written = build_bank(
-            bank, model, embedder, [(r.title, r.text, r.source, r.token_ids) for r in chosen], progress=ui.progress
-        )
-    write_s = time.perf_counter() - begin
-    bank = Bank.open(path, identity)
-    ui.bank_ready(len(bank), written, bank.stats(), write_s)
-    gold = [bank.record_id(chosen[q.gold].token_ids) for q in questions]
+    built = build_bank(path, entries, model, embedder)
+    bank = Bank.open(path, model.identity(embedder=embedder.name))
+    ui.bank_ready(len(bank), built)
+    gold = [bank.record_id(chunks[q.gold].token_ids) for q in questions]
     engines = {mode: Engine(model, bank, embedder, mode=mode) for mode in MODES}
     results = {}
     with ui.asking(len(questions) * len(MODES)) as tick:
@@ -141,6 +125,7 @@ def run(folder: Path, references: int, count: int, seed: int, threads: int, ui) 
         "answers": [
             {
                 "question": q.text,
+                "stem": q.stem,
                 "answer": q.answer,
                 "gold": gold[i].hex(),
                 **{mode: results[mode][0][i].text for mode in MODES},

@@ -29,25 +29,15 @@ class Screen:
             self.console.print(text)
             yield
 
-    def progress(self, description: str) -> Progress:
-        return Progress(
-            TextColumn(description),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.speed:.0f}/s" if False else ""),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            console=self.console,
-        )
-
     @contextmanager
     def asking(self, total: int):
-        with self.progress("asking, three ways") as bar:
+        columns = (TextColumn("asking, three ways"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        with Progress(*columns, TimeRemainingColumn(), console=self.console) as bar:
             task = bar.add_task("", total=total)
             yield lambda: bar.advance(task)
 
-    def bank_ready(self, count: int, written: int, stats: dict, seconds: float) -> None:
-        how = f"{written} written in {seconds:.0f} s" if written else "written by an earlier run, reused"
+    def bank_ready(self, count: int, built) -> None:
+        how = f"{built.written} written in {built.seconds:.0f} s" if built.written else "from an earlier run, reused"
         self.console.print(f"bank of {count} references ({how})")
 
     def show(self, report: dict) -> None:
@@ -58,9 +48,9 @@ class Screen:
 
     def _side_by_side(self, entry: dict) -> Panel:
         table = Table(show_header=False, box=None, padding=(0, 1))
-        table.add_row("[bold]in the book[/bold]", entry["answer"])
+        table.add_row("[bold]in the bank[/bold]", f"[bold]{entry['stem']} … {entry['answer']}[/bold]")
         for mode in MODES:
-            table.add_row(TITLES[mode], clip(entry[mode], 160), f"loss {entry['loss'][mode]:.2f}")
+            table.add_row(TITLES[mode], "… " + clip(entry[mode], 160), f"loss {entry['loss'][mode]:.2f}")
         for read in entry["read"]:
             mark = "*" if read["id"] == entry["gold"] else " "
             mass = "" if read["mass"] is None else f"mass {read['mass']:.1%}"
@@ -68,8 +58,8 @@ class Screen:
         return Panel(table, title=entry["question"], title_align="left")
 
     def _table(self, report: dict) -> Table:
-        table = Table(title=f"{report['questions']} questions, {report['references']} references, seed {report['seed']}",
-                      title_justify="left")  # fmt: skip
+        title = f"{report['questions']} questions, {report['references']} references, seed {report['seed']}"
+        table = Table(title=title, title_justify="left")
         table.add_column("")
         for row in report["rows"]:
             table.add_column(TITLES[row["mode"]], justify="right")
@@ -92,9 +82,10 @@ class Screen:
     def _verdict(report: dict) -> str:
         none, memory, rag = (next(r for r in report["rows"] if r["mode"] == m) for m in MODES)
         share = (none["loss"] - memory["loss"]) / max(1e-9, none["loss"] - rag["loss"])
+        text = "wins" if rag["hits"] > memory["hits"] else "does not win"
         return (
-            f"This model was never trained to read memories. Reading them moves its answer loss from {none['loss']:.2f} to "
-            f"{memory['loss']:.2f} nats per token, {share:.0%} of the way to text in the prompt ({rag['loss']:.2f}); in "
-            f"correct answers text still {'wins' if rag['hits'] > memory['hits'] else 'does not win'} "
+            "This model was never trained to read memories. Reading them moves its answer loss from "
+            f"{none['loss']:.2f} to {memory['loss']:.2f} nats per token, {share:.0%} of the way to text in the prompt "
+            f"({rag['loss']:.2f}); in correct answers text still {text} "
             f"({rag['hits']:.0%} against {memory['hits']:.0%}). Weights adapted to reading are what closes the gap."
         )

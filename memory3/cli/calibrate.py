@@ -1,0 +1,3 @@
+"""memory3 calibrate"""
+EXAMPLES = ""
+def run(): ...
