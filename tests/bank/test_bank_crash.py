@@ -61,8 +61,6 @@ def test_kill_9_while_building_loses_nothing_and_resumes_to_the_same_bank(tmp_pa
     with Bank.open(path, IDENTITY) as bank:
         assert bank.digest() == want
         found, _ = bank.search(HashEmbedder().encode(texts(count)), 1)
-        assert [line[0] for line in found] == [bank.record_id(memory.token_ids) for memory in
-                                               (bank.get(line)[0] for line in found)]  # fmt: skip
         assert [bank.text(line[0]) for line in found] == texts(count)
 
 
@@ -138,7 +136,7 @@ def test_salvage_passes_over_overwritten_pages(bank_path, tmp_path):
 
 def test_salvage_without_a_header(bank_path, tmp_path):
     data = bank_path / "data.mdb"
-    raw = data.read_bytes().replace(b'"codec":"dense"', b'"codec":"dEnse')
+    raw = data.read_bytes().replace(b'"codec":"dense"', b'"codec":"dense}')
     data.write_bytes(raw)
     with pytest.raises(BankError, match="identity="):
         Bank.salvage(bank_path, tmp_path / "new")
@@ -174,15 +172,14 @@ def test_a_file_that_is_no_database(bank_path):
 
 def test_full_disk_by_file_size_limit(bank_path):
     with Bank.open(bank_path) as bank:
-        want, size = bank.digest(), bank.stats()["file_bytes"]
+        old, size = list(bank.ids()), bank.stats()["file_bytes"]
     code, _, err = finish(start("limited", bank_path, size + (1 << 19)))
     assert code == 3 and "BankFull" in err and "file size limit" in err and "intact" in err, err
     with Bank.open(bank_path, write=True) as bank:
         assert bank.verify() == [] and len(bank) >= 400
-        fresh = list(bank.ids())
-        bank.delete([i for i in fresh if "entry number 1" in bank.text(i) and len(bank.text(i).split()[2]) == 5])
-        assert bank.digest() == want or len(bank) >= 400
+        assert set(old) <= set(bank.ids())
         fill(bank, 10, start=77_000)
+        assert bank.verify() == []
 
 
 def test_full_disk_on_a_small_tmpfs(tmp_path):

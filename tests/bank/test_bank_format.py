@@ -143,7 +143,9 @@ def test_pack_names_what_does_not_fit(change, message):
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.text(max_size=50), st.lists(st.integers(0, 2**32 - 1), max_size=9), st.text(max_size=9), st.binary(max_size=80))
+@given(
+    st.text(max_size=50), st.lists(st.integers(0, 2**32 - 1), max_size=9), st.text(max_size=9), st.binary(max_size=80)
+)
 def test_reference_round_trip_and_noise(text, tokens, title, noise):
     reference = Reference(ID, text, tokens, title, "s")
     value = pack_reference(reference)

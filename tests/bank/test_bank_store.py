@@ -388,7 +388,11 @@ def test_a_flipped_bit_is_found_on_every_way_out(bank):
 
     damage(bank, ids[1], "records", flip)
     kv, length = arena(bank)
-    for read in (lambda: bank.get(ids), lambda: bank.read_into(ids, kv, length, [0, 1, 2]), lambda: bank.inspect(ids[1])):
+    for read in (
+        lambda: bank.get(ids),
+        lambda: bank.read_into(ids, kv, length, [0, 1, 2]),
+        lambda: bank.inspect(ids[1]),
+    ):
         with pytest.raises(RecordCorrupt, match=ids[1].hex()):
             read()
     damage(bank, ids[2], "references", flip)
