@@ -10,6 +10,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from .config import MemoryConfig
+
 FORMAT_VERSION = 1
 
 
@@ -66,6 +68,11 @@ class Identity:
         """(field, mine, theirs) for each field that differs, in field order."""
         pairs = ((f.name, getattr(self, f.name), getattr(other, f.name)) for f in fields(self))
         return [(name, mine, theirs) for name, mine, theirs in pairs if mine != theirs]
+
+    def memory_config(self) -> MemoryConfig:
+        """The memory configuration that reads these records (chunk, refs and min_query at their defaults)."""
+        names = ("layers", "head_map", "tokens", "span", "rule", "prefix_ids", "context_bos_ids")
+        return MemoryConfig(**{name: getattr(self, name) for name in names})
 
     @cached_property
     def _header_state(self) -> Any:

@@ -13,7 +13,7 @@ app = typer.Typer(no_args_is_help=True, help="Keep a bank in order: delete, comp
 FileArgument = Annotated[Path, typer.Argument(help="The exported file.")]
 
 
-@app.command(epilog='[bold]Example[/bold]: memory3 bank delete my.bank 3f2a9c 77b0 --yes')
+@app.command(epilog="[bold]Example[/bold]: memory3 bank delete my.bank 3f2a9c 77b0 --yes")
 def delete(
     bank: BankArgument,
     records: Annotated[list[str], typer.Argument(help="First characters of record ids.")],

@@ -39,7 +39,7 @@ def run(
 
     set_threads(threads)
     store = Bank.open(bank) if bank is not None else None
-    engine = Engine(load(model), store)
+    engine = Engine(load(model, identity=store.identity if store else None), store)
     chat, last = Chat(engine, system, overflow=overflow), None
     sampling = Sampling(temperature, top_p=top_p, seed=seed)
     while True:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -47,14 +48,36 @@ def set_threads(threads: int) -> None:
         torch.set_num_threads(threads)
 
 
-def load(model: str, quiet: bool = False):
-    """The model, with a spinner on a terminal."""
-    from .. import load_model
+def load(model: str, quiet: bool = False, identity=None, **overrides):
+    """The model, with a spinner on a terminal.
 
-    if quiet or not err.is_terminal:
-        return load_model(model)
-    with err.status(f"loading {model}"):
-        return load_model(model)
+    identity: a bank's; the model then reads memory as the bank was written. overrides: fields of MemoryConfig to
+    replace (None: keep).
+    """
+    from dataclasses import replace
+
+    from .. import MemoryModel, load_model
+
+    with nullcontext() if quiet or not err.is_terminal else err.status(f"loading {model}"):
+        loaded = load_model(model)
+    memory = identity.memory_config() if identity is not None else loaded.memory
+    memory = replace(memory, **{name: value for name, value in overrides.items() if value is not None})
+    if memory == loaded.memory:
+        return loaded
+    return MemoryModel(loaded.net.with_memory(memory), loaded.tokenizer, loaded.model_hash)
+
+
+def layer_list(text: str | None) -> tuple[int, ...] | None:
+    """ "0-14" or "3,7,10-12" -> layer numbers."""
+    if text is None:
+        return None
+    layers: set[int] = set()
+    for part in text.split(","):
+        first, _, last = part.strip().partition("-")
+        if not first.isdigit() or not (last or first).isdigit():
+            raise ValueError(f"layers: expected numbers and ranges such as 10-24 or 3,7,10-12, got {text!r}")
+        layers.update(range(int(first), int(last or first) + 1))
+    return tuple(sorted(layers))
 
 
 def human_bytes(count: float) -> str:

@@ -54,10 +54,10 @@ def run(
         raise typer.BadParameter("--memory and --bank exclude each other: give texts or a bank")
     set_threads(threads)
     text = sys.stdin.read() if prompt == "-" else prompt.replace("\\n", "\n")
-    net = load(model, quiet=as_json)
+    store = Bank.open(bank) if bank is not None else None
+    net = load(model, as_json, store.identity if store else None)
     if memory:
         return by_hand(net, text, memory, tokens, temperature, seed, overflow, as_json)
-    store = Bank.open(bank) if bank is not None else None
     engine = Engine(net, store, mode=mode, refs=refs, prefetch=prefetch)
     ids = net.tokenizer.chat([{"role": "user", "content": text}]) if chat else net.tokenizer.encode(text)
     on_text = None

@@ -14,6 +14,7 @@ from .common import (
     JsonOption,
     ModelOption,
     ThreadsOption,
+    layer_list,
     load,
     out,
     print_json,
@@ -52,6 +53,9 @@ def run(
     codec: Annotated[
         str | None, typer.Option(help="Vector-quantise records: OPQ{M}_{d},Residual2x{b},PQ{m}x{n}, as FAISS names it.")
     ] = None,
+    layers: Annotated[str | None, typer.Option(help="Memory layers of a new bank, such as 10-24 (calibrate).")] = None,
+    tokens: Annotated[int | None, typer.Option(help="Tokens kept per head in a new bank.")] = None,
+    rule: Annotated[str | None, typer.Option(help="Selection rule of a new bank: received, exp or causal.")] = None,
     cold: Annotated[bool, typer.Option("--cold", help="Register text only; memories at first retrieval.")] = False,
     batch: Annotated[int, typer.Option(min=1, help="References encoded and committed at once.")] = 16,
     model: ModelOption = DEFAULT_MODEL,
@@ -59,16 +63,18 @@ def run(
     as_json: JsonOption = False,
 ) -> None:
     """Write texts into a bank as explicit memories; makes the bank if it is not there, goes on if it is."""
+    from ..bank import Bank
     from ..bank.build import build_bank
 
     set_threads(threads)
     for source in sources:
         if source not in CORPORA and not Path(source).exists():
             raise FileNotFoundError(f"no such file or folder: {source} (corpora by name: {', '.join(CORPORA)})")
+    identity = Bank.open(bank).identity if (bank / "data.mdb").is_file() else None
     report = build_bank(
         bank,
         entries(sources),
-        load(model, quiet=as_json),
+        load(model, as_json, identity, layers=layer_list(layers), tokens=tokens, rule=rule),
         codec=codec,
         limit=limit,
         cold=cold,
