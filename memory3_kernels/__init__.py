@@ -19,6 +19,7 @@ if _find_spec("torch") is not None:
     from .ops.memory_attention import memory_attention
     from .ops.memory_attention_backward import memory_attention_backward
     from .ops.memory_decode import memory_decode
+    from .ops.memory_decode_coded import memory_decode_coded
     from .ops.merge_attention_states import merge_attention_states
     from .ops.scatter_memory import scatter_memory
     from .ops.select_tokens import select_tokens
@@ -41,6 +42,7 @@ __all__ = [
     "memory_attention",
     "memory_attention_backward",
     "memory_decode",
+    "memory_decode_coded",
     "merge_attention_states",
     "scatter_memory",
     "select_tokens",

@@ -23,16 +23,15 @@ inline int64_t record_head(const M3Records& memory, int64_t head) {
   return memory.head_map ? memory.head_map[head] : head;
 }
 
-// Calls take(block) for blocks of the valid tokens of chunk `chunk`'s records, in their order.
-template <class T, class Take>
+// Calls take(block) for blocks of the valid tokens of chunk `chunk`'s records, in their order. append(slot, at, n) adds
+// the rows of tokens at..at + n to the block.
+template <class T, class Append, class Take>
 inline void for_each_record_block(const M3Records& memory, int64_t chunk, int64_t head, KeyBlock<T>& block,
-                                  const Take& take) {
+                                  const Append& append, const Take& take) {
   block.clear();
   for (int64_t r = 0; r < memory.refs; ++r) {
     const int64_t slot = memory.slot[chunk * memory.refs + r];
     if (slot < 0) continue;
-    const T* k = static_cast<const T*>(memory.k) + slot * memory.k_stride[0] + head * memory.k_stride[1];
-    const T* v = static_cast<const T*>(memory.v) + slot * memory.v_stride[0] + head * memory.v_stride[1];
     const float* bias = memory.bias ? memory.bias + slot * memory.bias_stride[0] + head * memory.bias_stride[1] : nullptr;
     const int length = memory.length[slot];
     for (int at = 0; at < length;) {
@@ -46,11 +45,24 @@ inline void for_each_record_block(const M3Records& memory, int64_t chunk, int64_
         block.biased = true;
       }
       block.runs[block.run_count++] = {block.count, block.count + n, static_cast<int>(r)};
-      block.append(k + at * memory.k_stride[2], memory.k_stride[2], v + at * memory.v_stride[2], memory.v_stride[2], n);
+      append(slot, at, n);
       at += n;
     }
   }
   if (block.count > 0) take(block);
+}
+
+// The same for dense records.
+template <class T, class Take>
+inline void for_each_record_block(const M3Records& memory, int64_t chunk, int64_t head, KeyBlock<T>& block,
+                                  const Take& take) {
+  const T* k = static_cast<const T*>(memory.k) + head * memory.k_stride[1];
+  const T* v = static_cast<const T*>(memory.v) + head * memory.v_stride[1];
+  const auto append = [&](int64_t slot, int64_t at, int n) {
+    block.append(k + slot * memory.k_stride[0] + at * memory.k_stride[2], memory.k_stride[2],
+                 v + slot * memory.v_stride[0] + at * memory.v_stride[2], memory.v_stride[2], n);
+  };
+  for_each_record_block(memory, chunk, head, block, append, take);
 }
 
 // Row r of a block sees the keys before `limit + r`. Fills seen[i] for the block of keys first..first+count; returns

@@ -14,7 +14,7 @@ struct BookArgs {
 };
 
 // log2 of a table's entries; an error unless it is a power of two within the format's bits.
-inline int64_t table_bits(const Tensor& table, const char* name) {
+inline int64_t table_bits(const Tensor& table, const std::string& name) {
   for (int64_t bits = M3_BOOK_MIN_BITS; bits <= M3_BOOK_MAX_BITS; ++bits)
     if (table.size(1) == int64_t{1} << bits) return bits;
   STD_TORCH_CHECK(false, name, ": expected 2^", M3_BOOK_MIN_BITS, " to 2^", M3_BOOK_MAX_BITS, " entries, got ",
@@ -22,28 +22,31 @@ inline int64_t table_bits(const Tensor& table, const char* name) {
   return 0;
 }
 
-inline BookArgs book_args(const Tensor& coarse, const Tensor& fine, const std::optional<Tensor>& rot) {
-  expect_shape(coarse, "coarse", {2, -1, -1});
-  expect_shape(fine, "fine", {-1, -1, -1});
+// `side` goes before the names of the tables in errors.
+inline BookArgs book_args(const Tensor& coarse, const Tensor& fine, const std::optional<Tensor>& rot,
+                          const std::string& side = "") {
+  const std::string coarse_name = side + "coarse", fine_name = side + "fine", rot_name = side + "rot";
+  expect_shape(coarse, coarse_name.c_str(), {2, -1, -1});
+  expect_shape(fine, fine_name.c_str(), {-1, -1, -1});
   const bool half = coarse.scalar_type() == ScalarType::Half;
   STD_TORCH_CHECK(half || coarse.scalar_type() == ScalarType::Float,
-                  "coarse: expected float32 or float16 tables, got ",
+                  coarse_name, ": expected float32 or float16 tables, got ",
                   torch::headeronly::toString(coarse.scalar_type()));
-  expect_type(fine, "fine", coarse.scalar_type());
+  expect_type(fine, fine_name.c_str(), coarse.scalar_type());
   BookArgs args{torch::stable::contiguous(coarse), torch::stable::contiguous(fine), std::nullopt, {}};
   M3Book& book = args.view;
   book.dtype = half ? M3_F16 : M3_F32;
-  book.coarse_bits = table_bits(coarse, "coarse"), book.fine_bits = table_bits(fine, "fine");
+  book.coarse_bits = table_bits(coarse, coarse_name), book.fine_bits = table_bits(fine, fine_name);
   book.dim = 2 * coarse.size(2), book.fine_parts = fine.size(0);
   STD_TORCH_CHECK(book.dim >= 8 && book.dim % 8 == 0 && book.dim <= M3_BOOK_MAX_DIM,
-                  "coarse: expected entries of half a head dimension that is a multiple of 8 up to ", M3_BOOK_MAX_DIM,
-                  ", got ", coarse.size(2));
+                  coarse_name, ": expected entries of half a head dimension that is a multiple of 8 up to ",
+                  M3_BOOK_MAX_DIM, ", got ", coarse.size(2));
   STD_TORCH_CHECK(book.fine_parts > 0 && book.fine_parts * fine.size(2) == book.dim,
-                  "fine: expected pieces that make up ", book.dim, " values together, got ", book.fine_parts, " x ",
-                  fine.size(2));
+                  fine_name, ": expected pieces that make up ", book.dim, " values together, got ", book.fine_parts,
+                  " x ", fine.size(2));
   if (rot) {
-    expect_shape(*rot, "rot", {book.dim, book.dim});
-    expect_type(*rot, "rot", ScalarType::Float);
+    expect_shape(*rot, rot_name.c_str(), {book.dim, book.dim});
+    expect_type(*rot, rot_name.c_str(), ScalarType::Float);
     args.rot = torch::stable::contiguous(*rot);
     book.rot = args.rot->const_data_ptr<float>();
   }

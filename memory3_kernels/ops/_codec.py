@@ -37,34 +37,40 @@ def record_bytes(coarse: Tensor, fine: Tensor, tokens: int) -> int:
     return (tokens * code_bytes(coarse, fine) + 15) // 16 * 16
 
 
-def check_tables(coarse: Tensor, fine: Tensor, rot: Tensor | None, dtype: torch.dtype) -> int:
-    """Shapes and dtypes of a book and of the output; returns D."""
-    expect_shape("coarse", coarse, 2, -1, -1)
-    expect_shape("fine", fine, -1, -1, -1)
-    torch._check(coarse.dtype in TABLES, lambda: f"coarse: expected float32 or float16 tables, got {coarse.dtype}")
-    expect_dtype("fine", fine, coarse.dtype)
+def check_tables(coarse: Tensor, fine: Tensor, rot: Tensor | None, dtype: torch.dtype, side: str = "") -> int:
+    """Shapes and dtypes of a book and of the output; returns D. `side` goes before the names of the tables."""
+    expect_shape(f"{side}coarse", coarse, 2, -1, -1)
+    expect_shape(f"{side}fine", fine, -1, -1, -1)
+    torch._check(
+        coarse.dtype in TABLES, lambda: f"{side}coarse: expected float32 or float16 tables, got {coarse.dtype}"
+    )
+    expect_dtype(f"{side}fine", fine, coarse.dtype)
     for name, table in (("coarse", coarse), ("fine", fine)):
         entries = table.shape[1]
         torch._check(
             entries & (entries - 1) == 0 and MIN_BITS <= entries.bit_length() - 1 <= MAX_BITS,
-            lambda name=name, entries=entries: f"{name}: expected 2^{MIN_BITS} to 2^{MAX_BITS} entries, got {entries}",
+            lambda name=name, entries=entries: (
+                f"{side}{name}: expected 2^{MIN_BITS} to 2^{MAX_BITS} entries, got {entries}"
+            ),
         )
     dim = 2 * coarse.shape[2]
     torch._check(
         8 <= dim <= MAX_DIM and dim % 8 == 0,
         lambda: (
-            f"coarse: expected entries of half a head dimension that is a multiple of 8 up to {MAX_DIM}, "
+            f"{side}coarse: expected entries of half a head dimension that is a multiple of 8 up to {MAX_DIM}, "
             f"got {coarse.shape[2]}"
         ),
     )
     torch._check(
         fine.shape[0] > 0 and fine.shape[0] * fine.shape[2] == dim,
-        lambda: f"fine: expected pieces that make up {dim} values together, got {fine.shape[0]} x {fine.shape[2]}",
+        lambda: (
+            f"{side}fine: expected pieces that make up {dim} values together, got {fine.shape[0]} x {fine.shape[2]}"
+        ),
     )
     if rot is not None:
-        expect_shape("rot", rot, dim, dim)
+        expect_shape(f"{side}rot", rot, dim, dim)
         wanted = torch.float64 if coarse.dtype is torch.float64 else torch.float32
-        expect_dtype("rot", rot, wanted)
+        expect_dtype(f"{side}rot", rot, wanted)
     torch._check(dtype in OUTPUTS, lambda: f"dtype: expected float32, bfloat16 or float16, got {dtype}")
     return dim
 

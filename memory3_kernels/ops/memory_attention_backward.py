@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .._registry import Cost, Op, register
 from . import _attention_args as args_
+from . import _attention_bad_cases as refused
 from . import _attention_cases as samples
 from . import _attention_math as math_
 from . import memory_attention as forward_
@@ -131,7 +132,7 @@ OP = register(
         reference=reference,
         fake=fake,
         cases=samples.backward_cases,
-        bad_cases=samples.backward_bad_cases,
+        bad_cases=refused.backward_bad_cases,
         cost=cost,
         tolerance={torch.float32: 2e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3},
     )
@@ -177,5 +178,6 @@ def memory_attention_backward(
     Raises:
         RuntimeError: as memory_attention; an input requires a gradient.
     """
+    sizes = {"scale": scale, "max_q": max_q, "max_k": max_k, "max_chunk": max_chunk}
     return OP(grad_out, grad_lse, out, lse, q, k, v, cu_q, cu_k, cu_chunk, mem_k, mem_v, mem_slot, mem_len, mem_bias,
-              head_map, memory_grad=memory_grad, scale=scale, max_q=max_q, max_k=max_k, max_chunk=max_chunk)  # fmt: skip
+              head_map, memory_grad=memory_grad, **sizes)  # fmt: skip

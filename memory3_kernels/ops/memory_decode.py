@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .._registry import Cost, Op, register
 from . import _attention_args as args_
+from . import _attention_bad_cases as refused
 from . import _attention_cases as samples
 from . import _attention_math as math_
 
@@ -142,7 +143,7 @@ OP = register(
         reference=reference,
         fake=fake,
         cases=samples.decode_cases,
-        bad_cases=samples.decode_bad_cases,
+        bad_cases=refused.decode_bad_cases,
         cost=cost,
         tolerance={torch.float32: 2e-6, torch.bfloat16: 4e-3, torch.float16: 1e-3},
     )

@@ -28,7 +28,9 @@ def _check(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> None:
             lambda name=name, lse=lse: f"{name}: expected shape {list(out_a.shape[:2])}, got {list(lse.shape)}",
         )
         wanted = torch.float64 if out_a.dtype is torch.float64 else torch.float32
-        torch._check(lse.dtype == wanted, lambda name=name, lse=lse: f"{name}: expected {wanted}, got {lse.dtype}")
+        torch._check(
+            lse.dtype == wanted, lambda name=name, lse=lse, wanted=wanted: f"{name}: expected {wanted}, got {lse.dtype}"
+        )
 
 
 def fake(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:

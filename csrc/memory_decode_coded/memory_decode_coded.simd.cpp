@@ -1,0 +1,82 @@
+// Records are looked up in the rotated basis and never rotated back one by one: with x = rot^T y,
+//   q . x = (rot q) . y   and   sum p x = rot^T sum p y,
+// so the query is rotated once before the records and their weighted sum once after them. The cache comes last, with
+// the query as it was; both parts share one running softmax.
+#include "m3/memory_decode_coded.h"
+
+#include "memory_decode/decode_item.h"
+
+namespace m3 {
+namespace M3_LEVEL {
+
+// csrc/vq_dequantize: `count` codes, `stride` bytes apart, into rows [count, D] of `dtype`.
+void decode_vectors(const M3Book& book, const uint8_t* codes, int64_t stride, int64_t count, void* out, m3_dtype dtype);
+
+namespace {
+
+// Rows in the coded basis of up to one block of tokens.
+struct DecodedBlock {
+  alignas(64) float k[kBlock * kMaxDim];
+  alignas(64) float v[kBlock * kMaxDim];
+};
+
+void rotate_queries(const M3Book& book, const QueryTile& tile, float* out) {
+  const float* rows[kMaxDim];
+  for (int e = 0; e < tile.dim; ++e) rows[e] = book.rot + static_cast<int64_t>(e) * tile.dim;
+  dot(tile.q, tile.ld, tile.m, rows, tile.dim, tile.dim, out, tile.ld);
+}
+
+void rotate_back(const M3Book& book, QueryTile& tile) {
+  alignas(64) float turned[kTileRows * kMaxDim];
+  gemm(Strided{tile.acc, tile.ld, 1}, Rows<float>{book.rot, tile.dim}, tile.m, tile.dim, tile.dim, turned, tile.ld,
+       false);
+  memcpy(tile.acc, turned, sizeof(float) * tile.m * tile.ld);
+}
+
+void read_records(const M3MemoryDecodeCodedParams& p, const M3Book& k_book, const M3Book& v_book, QueryTile& tile,
+                  int64_t b, int64_t head) {
+  DecodedBlock rows;
+  KeyBlock<float> block;
+  const int64_t dim = tile.dim, k_bytes = m3_book_code_bytes(&k_book), v_bytes = m3_book_code_bytes(&v_book);
+  const uint8_t* k_codes = p.k_codes + head * p.k_code_stride[1];
+  const uint8_t* v_codes = p.v_codes + head * p.v_code_stride[1];
+  const auto append = [&](int64_t slot, int64_t at, int n) {
+    float *k = rows.k + block.count * dim, *v = rows.v + block.count * dim;
+    decode_vectors(k_book, k_codes + slot * p.k_code_stride[0] + at * k_bytes, k_bytes, n, k, M3_F32);
+    decode_vectors(v_book, v_codes + slot * p.v_code_stride[0] + at * v_bytes, v_bytes, n, v, M3_F32);
+    block.append(k, dim, v, dim, n);
+  };
+  for_each_record_block(p.decode.memory, b, head, block, append,
+                        [&](const KeyBlock<float>& keys) { consume(tile, keys, nullptr); });
+}
+
+template <class T>
+void attend(const M3MemoryDecodeCodedParams& p, const RowBlocks& blocks, int64_t begin, int64_t end) {
+  KeyBlock<T> block;
+  M3Book k_book = p.k_book, v_book = p.v_book;
+  k_book.rot = v_book.rot = nullptr;
+  for_each_decode_item<T>(p.decode, blocks, begin, end, block, [&](QueryTile& tile, int64_t b, int64_t head) {
+    if (p.decode.memory.refs == 0) return;
+    alignas(64) float plain[kTileRows * kMaxDim];
+    if (p.k_book.rot) {
+      const size_t bytes = sizeof(float) * tile.m * tile.ld;
+      rotate_queries(p.k_book, tile, plain);
+      for (size_t i = 0; i < bytes / sizeof(float); ++i) {
+        const float x = plain[i];
+        plain[i] = tile.q[i], tile.q[i] = x;
+      }
+    }
+    read_records(p, k_book, v_book, tile, b, head);
+    if (p.k_book.rot) memcpy(tile.q, plain, sizeof(float) * tile.m * tile.ld);
+    if (p.v_book.rot) rotate_back(p.v_book, tile);
+  });
+}
+
+}  // namespace
+
+void memory_decode_coded(const M3MemoryDecodeCodedParams& p, const RowBlocks& blocks, int64_t begin, int64_t end) {
+  with_dtype(p.decode.dtype, [&](auto tag) { attend<decltype(tag)>(p, blocks, begin, end); });
+}
+
+}  // namespace M3_LEVEL
+}  // namespace m3
