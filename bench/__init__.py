@@ -1,0 +1,1 @@
+"""Benchmarks of memory3; `python -m bench --help`. They time; `tests/` decides what is right."""

@@ -1,0 +1,58 @@
+"""References and prompts of exact length, cut from one stream of the wiki corpus; and a bank of them, kept on disk."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+
+from memory3 import Bank, data
+from memory3.model.load import MemoryModel
+
+
+def default_folder(references: int, model: MemoryModel) -> Path:
+    """In the user's cache folder; another model or memory configuration has another bank."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return cache / "memory3" / f"bench-{references}-{model.identity().record_id([]).hex()[:12]}"
+
+
+def windows(model: MemoryModel, tokens: int) -> Iterator[list[int]]:
+    """Runs of exactly `tokens` token ids, the corpus joined end to end."""
+    stream: list[int] = []
+    for entry in data.wiki():
+        stream += model.tokenizer.encode(" " + entry.text)
+        while len(stream) >= tokens:
+            yield stream[:tokens]
+            del stream[:tokens]
+
+
+def prompts(model: MemoryModel, count: int, tokens: int, after: int) -> list[list[int]]:
+    """Prompts from behind the first `after` references of the corpus: text the bank does not hold."""
+    skip = -(-after * model.memory.span // tokens)
+    return list(islice(windows(model, tokens), skip, skip + count))
+
+
+def open_bank(folder: Path, model: MemoryModel, embedder, references: int, progress=None) -> Bank:
+    """A bank of so many references of `span` tokens, written at first use; goes on where a stopped writing ended.
+
+    progress(done, total) after each batch. Returns it open for reading.
+    """
+    identity = model.identity(embedder=embedder.name)
+    there = (folder / "data.mdb").is_file()
+    with Bank.open(folder, identity, write=True) if there else Bank.create(folder, identity) as bank:
+        wanted = windows(model, model.memory.span)
+        done = 0
+        while done < references:
+            part = list(islice(wanted, min(32, references - done)))
+            new = [ids for ids in part if not bank.has(bank.record_id(ids))]
+            if new:
+                texts = [model.tokenizer.decode(ids) for ids in new]
+                bank.add(model.write_ids(new, texts), embedder.encode(texts))
+            done += len(part)
+            if progress is not None:
+                progress(done, references)
+            if not part:
+                raise ValueError(f"references: the corpus has {done} pieces of {model.memory.span} tokens")
+        bank.build_index()
+    return Bank.open(folder, identity)

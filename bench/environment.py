@@ -1,0 +1,47 @@
+"""What a number was measured on."""
+
+from __future__ import annotations
+
+import os
+import platform
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+PACKAGES = ("memory3", "torch", "numpy", "faiss-cpu", "lmdb", "tokenizers")
+
+
+def describe() -> dict[str, Any]:
+    """Versions, processor, native kernels; plain JSON types."""
+    from memory3_kernels import doctor
+
+    return {
+        "cpu": cpu_name(),
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+        "system": platform.platform(),
+        "packages": {name: version(name) for name in PACKAGES},
+        "native": doctor.examine()["native"],
+        "settings": {name: os.environ[name] for name in ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "M3_SIMD", "M3_BACKEND")
+                     if name in os.environ},
+    }  # fmt: skip
+
+
+def load_average() -> float:
+    """Runnable processes over the last minute; this benchmark counts with its threads."""
+    return os.getloadavg()[0]
+
+
+def cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "unknown")
+
+
+def version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None

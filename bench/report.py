@@ -1,0 +1,40 @@
+"""Results as a JSON file and as a table."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+SCHEMA = 1
+
+
+def document(suite: str, settings: dict[str, Any], environment: dict[str, Any], rows: Sequence[dict]) -> dict[str, Any]:
+    """What every suite writes: rows are flat, one per measured thing."""
+    return {
+        "schema": SCHEMA, "suite": suite, "settings": settings, "environment": environment, "rows": list(rows),
+    }  # fmt: skip
+
+
+def write_json(path: str | Path, report: dict[str, Any]) -> None:
+    Path(path).write_text(json.dumps(report, indent=1, sort_keys=False) + "\n", encoding="utf-8")
+
+
+def show_table(
+    title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], console: Console | None = None
+) -> None:
+    """First column left, the others right."""
+    table = Table(title=title, title_justify="left")
+    for i, column in enumerate(columns):
+        table.add_column(column, justify="left" if i == 0 else "right", no_wrap=True)
+    for row in rows:
+        table.add_row(*row)
+    Console(width=max(100, Console().width)).print(table)
+
+
+def mebibytes(count: float) -> str:
+    return f"{count / 2**20:.2f} MiB"
