@@ -84,9 +84,9 @@ def measure(model, bank, embedder, prompts, tokens: int, runs: int, names, threa
         return {**stats.to_dict(), "wall_s": wall, "load": environment.load_average()}
 
     seen = interleave({name: lambda name=name: run(name) for name in names}, runs)
-    return [
-        row(name, seen[name], seen.get("none"), len(prompts), tokens, model.memory.chunk, threads) for name in names
-    ]
+    about = {"batch": len(prompts), "threads": threads}
+    chunks = len(prompts) * 2 * tokens / model.memory.chunk
+    return [{"arm": name, **about, **summary(seen[name], seen.get("none"), chunks)} for name in names]
 
 
 def summary(runs: list[dict], base: list[dict] | None, chunks: float) -> dict[str, Any]:
