@@ -27,17 +27,16 @@ class Linear(nn.Module):
         self._packed = self._packed_from = None
         return super()._apply(fn, recurse)
 
-    def __deepcopy__(self, memo: dict) -> Linear:
-        new = Linear(0, 0, nn.Parameter(self.weight.detach().clone(), requires_grad=self.weight.requires_grad))
-        memo[id(self)] = new
-        return new
+    def __getstate__(self) -> dict:
+        # Copies and pickles go without the packed weight: it has no storage, and is remade at first use.
+        return {**self.__dict__, "_packed": None, "_packed_from": None}
 
     def forward(self, x: Tensor) -> Tensor:
         weight = self.weight
         packable = _CAN_PACK and weight.device.type == "cpu" and weight.dtype in (torch.bfloat16, torch.float32)
         if torch.is_grad_enabled() or not packable or not x.numel():
             return F.linear(x, weight)
-        version = (weight.data_ptr(), weight._version)
+        version = (weight.data_ptr(), 0 if weight.is_inference() else weight._version)
         if self._packed_from != version:
             self._packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), 1)
             self._packed_from = version

@@ -69,11 +69,16 @@ def open_checkpoint(source: str | Path) -> tuple[Checkpoint, MemoryConfig | None
 
 
 def default_memory(config: ModelConfig, tokenizer: Tokenizer) -> MemoryConfig:
-    """All layers, 32 tokens per head, causal rule: what an unadapted checkpoint reads best (`memory3 calibrate`)."""
+    """All layers, 32 tokens per head, causal rule: what an unadapted checkpoint reads best (`memory3 calibrate`).
+
+    The span is the paper's 128, or a quarter of a shorter context.
+    """
+    span = max(1, min(128, config.max_context // 4))
     bos = () if tokenizer.bos_id is None else (tokenizer.bos_id,)
     return MemoryConfig(
         layers=tuple(range(config.n_layers)),
-        tokens=32,
+        tokens=min(32, span),
+        span=span,
         rule="causal",
         prefix_ids=(*bos, *tokenizer.encode("Reference:")),
         context_bos_ids=bos,
@@ -182,7 +187,7 @@ class MemoryModel:
     @cached_property
     def prefix(self) -> Prefix:
         """Key-values of the constant prefix, encoded once."""
-        with torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad():  # also good for training, which refuses inference tensors
             return self.net.encode_prefix(self.memory.prefix_ids, self.memory.span)
 
     def new_cache(self, batch: int, capacity: int, memory: bool = True, overflow: str = "error") -> KVCache:

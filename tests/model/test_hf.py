@@ -6,7 +6,7 @@ import pytest
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-from memory3 import load_model
+from memory3 import ContextFull, load_model
 from memory3.model.hf import HFCheckpoint
 
 from .common import cu, rel
@@ -116,6 +116,22 @@ def test_tokenizer_template_and_default_memory(save):
     assert model.prompt_ids("hi")[0] == 0
     memory = model.write("A reference of a few words.")
     assert isinstance(model.generate("A ref", memories=[memory], max_new_tokens=5), str)
+
+
+def test_generation_slides_when_asked(save):
+    """Prompt and new tokens together exceed the context several times over."""
+    _, folder = save()
+    model = load_model(folder, dtype=torch.float32)
+    memory = model.write("A reference of a few words.")
+    prompt = "word " * 80  # 400 tokens; 256 positions, of which memories keep 64
+    with pytest.raises(ContextFull, match="400|401"):
+        model.generate(prompt, memories=[memory], max_new_tokens=4)
+    for memories in ([], [memory]):
+        count = []
+        model.generate(
+            prompt, memories, max_new_tokens=150, overflow="slide", on_token=count.append, temperature=1, seed=0
+        )
+        assert 0 < len(count) <= 150
 
 
 def test_same_weights_same_identity(save, tmp_path):

@@ -7,6 +7,7 @@ import torch
 
 from memory3 import ContextFull, KVCache, MemoryConfig, MemoryRead
 from memory3.model.layers import Linear
+from memory3.model.llama import Llama
 from memory3.model.rope import Rope, inverse_frequencies
 from memory3.write import encode_references
 
@@ -291,6 +292,23 @@ def test_wrong_reads_are_refused(net):
         net(torch.tensor([1, 2, 3]), cu(2))
     with pytest.raises(ValueError, match="needs a model with a memory configuration"):
         tiny(memory=None)(*packed([3]), random_read(cu(1), [[0]]))
+
+
+def test_copies_and_other_memory_shapes_keep_the_weights():
+    import copy
+
+    net = Llama(dataclasses.replace(TINY, tied=True), TINY_MEMORY).init_weights(std=0.3).requires_grad_(False)
+    want = net(*packed(IDS[0]))
+    with torch.no_grad():
+        net(*packed(IDS[0]))  # weights are packed now
+    twin = copy.deepcopy(net)
+    assert twin.head.weight is twin.embed and twin.embed is not net.embed
+    assert rel(twin(*packed(IDS[0])), want) < 1e-6
+    other = net.with_memory(MemoryConfig(layers=(3,), tokens=2, span=8))
+    assert other.embed is net.embed and other.memory.layers == (3,) and net.memory is TINY_MEMORY
+    assert torch.equal(other(*packed(IDS[0])), want)
+    with pytest.raises(ValueError, match="below the model's 4 layers"):
+        net.with_memory(MemoryConfig(layers=(4,), tokens=2, span=8))
 
 
 def test_no_tokens_no_logits(net):
