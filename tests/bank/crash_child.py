@@ -1,49 +1,53 @@
-"""Child processes of the crash tests: `python crash_child.py <what> <bank folder> ...`; prints READY when under way."""
+"""What the child processes of the crash tests do; `tell` sends a message to the test."""
 
 import resource
-import sys
 import time
-from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[2])]
+import torch
+from bank_fake import IDENTITY, FakeModel, HashEmbedder, fill, texts
 
-from bank_fake import IDENTITY, FakeModel, HashEmbedder, fill, texts  # noqa: E402
-
-from memory3.bank import Bank, BankError  # noqa: E402
-from memory3.bank.build import build_bank  # noqa: E402
-from memory3.data import Entry  # noqa: E402
+from memory3.bank import Bank, BankError
+from memory3.bank.build import build_bank
+from memory3.data import Entry
 
 
 def corpus(count):
     return [Entry(f"t{i}", text, "made up") for i, text in enumerate(texts(count))]
 
 
-def main(what, path, *rest):
+def main(connection, what, path, *rest):
+    tell = connection.send
+    try:
+        act(tell, what, path, *rest)
+    except BankError as error:
+        tell(f"{type(error).__name__}: {error}")
+        raise SystemExit(3) from None
+
+
+def act(tell, what, path, *rest):
     if what == "build":
-        count, delay = int(rest[0]), float(rest[1])
-        print("READY", flush=True)
+        count, delay = rest[0], rest[1]
+        tell("READY")
         report = build_bank(path, corpus(count), FakeModel(delay=delay), HashEmbedder(), batch=8, progress=False)
-        print(report.references, report.written, report.present, flush=True)
+        tell((report.references, report.written, report.present))
     elif what == "hold":
         with Bank.open(path, write=True):
-            print("READY", flush=True)
+            tell("READY")
             time.sleep(60)
     elif what == "limited":  # a file size limit stands in for a full disk
-        resource.setrlimit(resource.RLIMIT_FSIZE, (int(rest[0]), int(rest[0])))
-        print("READY", flush=True)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (rest[0], rest[0]))
+        tell("READY")
         fill(Bank.open(path, write=True), 5000, start=10_000)
     elif what == "write":
         with Bank.open(path, write=True) as bank:
-            print("READY", flush=True)
-            for start in range(int(rest[0]), int(rest[0]) + int(rest[1]), 25):
+            tell("READY")
+            for start in range(rest[0], rest[0] + rest[1], 25):
                 fill(bank, 25, start=start)
             bank.compact()
             fill(bank, 25, start=900_000)
     elif what == "read":
-        import torch
-
-        print("READY", flush=True)
-        until, rounds = time.monotonic() + float(rest[0]), 0
+        tell("READY")
+        until, rounds = time.monotonic() + rest[0], 0
         with Bank.open(path, IDENTITY) as bank:
             kv = torch.empty(16, *bank.layout.kv_shape, dtype=torch.bfloat16)
             length = torch.empty(16, dtype=torch.int32)
@@ -55,12 +59,4 @@ def main(what, path, *rest):
                     if not torch.equal(kv[slot], memory.kv):
                         raise SystemExit("a slot differs from its record")
                 rounds += 1
-        print("rounds", rounds, flush=True)
-
-
-if __name__ == "__main__":
-    try:
-        main(*sys.argv[1:])
-    except BankError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        raise SystemExit(3) from None
+        tell(rounds)

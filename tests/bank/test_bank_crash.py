@@ -1,52 +1,76 @@
 """Crashes with real processes: kill -9, cut files, full disks, second writers, readers beside a writer."""
 
+import multiprocessing
+import multiprocessing.forkserver
 import os
 import random
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
+import crash_child
 import pytest
 from bank_fake import IDENTITY, HashEmbedder, fill, memory_of, texts
 
 from memory3.bank import Bank, BankError, BankFull, BankLocked, BankTruncated
 from memory3.bank.lmdbfile import check_whole
 
-CHILD = Path(__file__).with_name("crash_child.py")
-ENV = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+# Children are forked from a clean server process that has imported everything once.
+SERVER = multiprocessing.get_context("forkserver")
 
 
-def start(*arguments):
-    process = subprocess.Popen(
-        [sys.executable, str(CHILD), *map(str, arguments)],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENV,
-    )  # fmt: skip
-    line = process.stdout.readline()
-    assert line == "READY\n", process.communicate()[1]
-    return process
+@pytest.fixture(scope="module", autouse=True)
+def server():
+    paths = [str(Path(__file__).parent), str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, paths)))
+        SERVER.set_forkserver_preload(["crash_child"])
+        multiprocessing.forkserver.ensure_running()
 
 
-def finish(process, seconds=60):
-    out, err = process.communicate(timeout=seconds)
-    return process.returncode, out, err
+class Child:
+    """A process of its own that runs crash_child.act; it has said READY when this returns."""
+
+    def __init__(self, *arguments):
+        self.messages, sender = SERVER.Pipe(duplex=False)
+        self.process = SERVER.Process(target=crash_child.main, args=(sender, *arguments), daemon=True)
+        self.process.start()
+        self.pid = self.process.pid
+        sender.close()
+        assert self.messages.recv() == "READY"
+
+    def finish(self):
+        """(exit code, last message or None)."""
+        said = None
+        try:
+            while True:
+                said = self.messages.recv()
+        except EOFError:
+            pass
+        self.process.join(60)
+        return self.process.exitcode, said
+
+    def kill(self):
+        try:
+            os.kill(self.pid, signal.SIGKILL)
+        except ProcessLookupError:  # it was done already
+            pass
+        return self.finish()
 
 
 def test_kill_9_while_building_loses_nothing_and_resumes_to_the_same_bank(tmp_path):
     count, dice = 240, random.Random(20)
-    code, out, err = finish(start("build", tmp_path / "whole", count, 0))
-    assert (code, out) == (0, f"{count} {count} 0\n"), err
+    assert Child("build", tmp_path / "whole", count, 0).finish() == (0, (count, count, 0))
     with Bank.open(tmp_path / "whole") as bank:
         want = bank.digest()
     path, kept, kills = tmp_path / "killed", 0, 0
-    for _ in range(12):
-        child = start("build", path, count, 0.03)
-        time.sleep(dice.uniform(0.02, 0.6))
-        child.send_signal(signal.SIGKILL)
-        finish(child)
-        kills += child.returncode == -signal.SIGKILL
+    for _ in range(10):
+        child = Child("build", path, count, 0.05)
+        time.sleep(dice.uniform(0.01, 0.35))
+        code, said = child.kill()
+        kills += code == -signal.SIGKILL and said is None
         if not (path / "data.mdb").exists():
             continue
         with Bank.open(path) as bank:  # opens at once, and whole
@@ -54,10 +78,8 @@ def test_kill_9_while_building_loses_nothing_and_resumes_to_the_same_bank(tmp_pa
             assert len(bank) >= kept, "a committed reference is lost"
             kept = len(bank)
             assert kept % 8 == 0, "half a batch was committed"
-    assert kills >= 5 and kept > 0
-    code, out, err = finish(start("build", path, count, 0))
-    assert code == 0, err
-    assert out == f"{count} {count - kept} {kept}\n"
+    assert kills >= 4 and kept > 0
+    assert Child("build", path, count, 0).finish() == (0, (count, count - kept, kept))
     with Bank.open(path, IDENTITY) as bank:
         assert bank.digest() == want
         found, _ = bank.search(HashEmbedder().encode(texts(count)), 1)
@@ -173,8 +195,8 @@ def test_a_file_that_is_no_database(bank_path):
 def test_full_disk_by_file_size_limit(bank_path):
     with Bank.open(bank_path) as bank:
         old, size = list(bank.ids()), bank.stats()["file_bytes"]
-    code, _, err = finish(start("limited", bank_path, size + (1 << 19)))
-    assert code == 3 and "BankFull" in err and "file size limit" in err and "intact" in err, err
+    code, said = Child("limited", bank_path, size + (1 << 19)).finish()
+    assert code == 3 and "BankFull" in said and "file size limit" in said and "intact" in said, said
     with Bank.open(bank_path, write=True) as bank:
         assert bank.verify() == [] and len(bank) >= 400
         assert set(old) <= set(bank.ids())
@@ -214,7 +236,7 @@ def test_full_disk_on_a_small_tmpfs(tmp_path):
 
 
 def test_a_second_writer_is_refused_and_told_who_has_it(bank_path):
-    child = start("hold", bank_path)
+    child = Child("hold", bank_path)
     try:
         with pytest.raises(BankLocked, match=f"process {child.pid} on "):
             Bank.open(bank_path, write=True)
@@ -222,19 +244,17 @@ def test_a_second_writer_is_refused_and_told_who_has_it(bank_path):
             assert len(reader) == 400
     finally:
         child.kill()
-        finish(child)
     with Bank.open(bank_path, write=True) as bank:  # a killed holder leaves no lock behind
         fill(bank, 1, start=5000)
 
 
 def test_readers_beside_a_writer(bank_path):
     """Three reading processes check every record they get while another adds, grows the map and compacts."""
-    readers = [start("read", bank_path, 3) for _ in range(3)]
-    code, _, err = finish(start("write", bank_path, 10_000, 500))
-    assert code == 0, err
+    readers = [Child("read", bank_path, 2.0) for _ in range(3)]
+    assert Child("write", bank_path, 10_000, 500).finish() == (0, None)
     for reader in readers:
-        code, out, err = finish(reader)
-        assert code == 0 and int(out.split()[1]) >= 1, err
+        code, rounds = reader.finish()
+        assert code == 0 and rounds >= 1
     with Bank.open(bank_path) as bank:
         assert len(bank) == 925 and bank.verify() == []
 
