@@ -122,9 +122,9 @@ def test_kernels_depend_on_torch_and_numpy_alone(path):
 
 
 def test_each_op_has_its_files():
-    """One contract, one header, one folder of kernels and one binding per op, all by the same name."""
+    """One contract, one folder of kernels, one binding and one launcher per op, all by the same name."""
     ops = {p.stem for p in (ROOT / "memory3_kernels" / "ops").glob("[!_]*.py")}
-    headers = {p.stem for p in HEADERS}
+    launchers = set(re.findall(r"\bm3_(\w+)_cpu\(", "".join(p.read_text() for p in HEADERS)))
     bindings = {p.stem for p in (CSRC / "torch").glob("*.cpp")} - {"module"}
     folders = {p.name for p in CSRC.iterdir() if p.is_dir()} - {"common", "include", "torch", "numpy"}
-    assert bindings == ops and folders == ops and ops <= headers
+    assert ops == bindings == folders == launchers
