@@ -16,6 +16,8 @@ from .errors import (
 from .format import Layout, Reference
 from .store import Bank, RecordInfo
 
+from .salvage import SalvageReport, salvage  # isort: skip - needs Bank
+
 __all__ = [
     "Bank",
     "BankError",
@@ -31,5 +33,7 @@ __all__ = [
     "RecordCorrupt",
     "RecordInfo",
     "Reference",
+    "SalvageReport",
     "UnknownRecord",
+    "salvage",
 ]

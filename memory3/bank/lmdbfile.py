@@ -17,6 +17,7 @@ from .errors import BankTruncated
 
 MAGIC, DATA_VERSION = 0xBEEFC0DE, 1
 BRANCH, LEAF, OVERFLOW, META, LEAF2 = 0x01, 0x02, 0x04, 0x08, 0x20
+META_PLACES = (0, 4096, 8192, 16384, 32768, 65536)  # the second meta page, whatever the page size
 BIGDATA, SUBDATA = 0x01, 0x02
 NO_PAGE = 0xFFFFFFFFFFFFFFFF
 _PAGE = struct.Struct("<QHHHH")  # number, pad, flags, lower, upper; lower and upper are the page count in OVERFLOW
@@ -212,7 +213,7 @@ def salvage_entries(path: Path) -> tuple[Iterator[tuple[str | None, bytes, bytes
     """
     with open(path, "rb") as file:
         size = os.fstat(file.fileno()).st_size
-        metas = [m for m in (_meta_at(file, 0), _meta_at(file, 4096)) if m is not None]
+        metas = [m for m in (_meta_at(file, at) for at in META_PLACES) if m is not None]
         meta = max(metas, key=lambda m: m.txn, default=None)
         damaged = meta is None or size < (meta.last_page + 1) * meta.page_size
         if meta is not None:

@@ -9,11 +9,47 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..memory import Memory
 from .errors import ColdRecord, UnknownRecord
-from .format import HEAD_BYTES, Head, read_bias, read_head
+from .format import (
+    HEAD_BYTES,
+    Head,
+    Record,
+    Reference,
+    read_bias,
+    read_head,
+    unpack_record,
+    unpack_reference,
+)
 
 if TYPE_CHECKING:
     from .store import Bank
+
+
+def get_memories(bank: Bank, ids: Sequence[bytes]) -> list[Memory]:
+    """See Bank.get."""
+    found: list[tuple[Record, Reference]] = []
+    cold = []
+    with bank.read() as txn:
+        for i in ids:
+            raw = txn.get(i, db=bank.env.db("references"))
+            if raw is None:
+                raise UnknownRecord(i, bank.path)
+            value = txn.get(i, db=bank.env.db("records")) or bank.unsaved.get(i)
+            if value is None:
+                cold.append(i)
+            else:
+                found.append((unpack_record(i, value, bank.layout), unpack_reference(i, raw)))
+    if cold:
+        raise ColdRecord(cold)
+    memories = []
+    for record, reference in found:
+        kv = record.kv
+        if bank.codec is not None:
+            kv = bank.codec.decode(kv, bank.layout)
+            kv[..., record.n_valid :, :] = 0
+        memories.append(Memory(kv, record.pos, record.n_valid, reference.token_ids, reference.text, record.bias))
+    return memories
 
 
 def copy_records(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import struct
 from collections import OrderedDict
@@ -14,15 +13,16 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from ..identity import FORMAT_VERSION, Identity
+from ..identity import Identity
 from ..memory import Memory
 from . import reading, report, writing
 from .codec import Codec
-from .creating import create_folder
-from .env import DATA_FILE, Environment, WriterLock
-from .errors import BankError, BankNotFound, ColdRecord, IdentityMismatch, UnknownRecord
-from .format import Layout, Record, Reference, unpack_embedding, unpack_record, unpack_reference
+from .env import DATA_FILE, Environment
+from .errors import BankError, BankNotFound, IdentityMismatch, UnknownRecord
+from .format import Layout, Reference, unpack_embedding, unpack_reference
+from .header import create_folder, read_identity, require_match
 from .index import KINDS, VectorIndex
+from .locks import WriterLock
 from .report import RecordInfo
 from .searching import Searcher
 from .writing import Encode
@@ -46,7 +46,8 @@ class Bank:
         self.unsaved: OrderedDict[bytes, bytes] = OrderedDict()  # records of a read-only bank's cold references
         try:
             with self.read() as txn:
-                self.identity = self._load_identity(txn)
+                header = txn.get(b"identity", db=env.db("header"))
+                self.identity = read_identity(self.path, None if header is None else bytes(header))
                 raw = txn.get(b"codec", db=env.db("header"))
                 self.codec = None if raw is None else Codec.from_bytes(bytes(raw))
             have = self.codec.name if self.codec else "dense"
@@ -162,25 +163,7 @@ class Bank:
 
         An empty embedder, and the codec "dense", ask for nothing: coded records are decoded on the way.
         """
-        skip = {name for name, free in (("embedder", ""), ("codec", "dense")) if getattr(identity, name) == free}
-        fields = [entry for entry in self.identity.mismatches(identity) if entry[0] not in skip]
-        if fields:
-            raise IdentityMismatch(self.path, fields)
-
-    def _load_identity(self, txn: Any) -> Identity:
-        raw = txn.get(b"identity", db=self.env.db("header"))
-        if raw is None:
-            raise BankNotFound(f"{self.path} holds no bank header; it is not a memory3 bank")
-        try:
-            identity = Identity.from_json(bytes(raw))
-        except (ValueError, TypeError) as error:
-            version = _format_version(bytes(raw))
-            if version is not None and version != FORMAT_VERSION:
-                raise IdentityMismatch(self.path, [("format_version", version, FORMAT_VERSION)]) from None
-            raise BankError(f"the header of the bank {self.path} does not parse: {error}") from error
-        if identity.format_version != FORMAT_VERSION:
-            raise IdentityMismatch(self.path, [("format_version", identity.format_version, FORMAT_VERSION)])
-        return identity
+        require_match(self.path, self.identity, identity)
 
     # ---- what is in it -----------------------------------------------------------------------------------------
 
@@ -327,28 +310,7 @@ class Bank:
 
     def get(self, ids: Sequence[bytes]) -> list[Memory]:
         """Memories by id, copied out; coded ones are decoded. Raises UnknownRecord, ColdRecord, RecordCorrupt."""
-        found: list[tuple[Record, Reference]] = []
-        cold = []
-        with self.read() as txn:
-            for i in ids:
-                raw = txn.get(i, db=self.env.db("references"))
-                if raw is None:
-                    raise UnknownRecord(i, self.path)
-                value = txn.get(i, db=self.env.db("records"))
-                if value is None:
-                    cold.append(i)
-                else:
-                    found.append((unpack_record(i, value, self.layout), unpack_reference(i, raw)))
-        if cold:
-            raise ColdRecord(cold)
-        return [self._memory(record, reference) for record, reference in found]
-
-    def _memory(self, record: Record, reference: Reference) -> Memory:
-        kv = record.kv
-        if self.codec is not None:
-            kv = self.codec.decode(kv, self.layout)
-            kv[..., record.n_valid :, :] = 0
-        return Memory(kv, record.pos, record.n_valid, reference.token_ids, reference.text, record.bias)
+        return reading.get_memories(self, ids)
 
     def read_into(
         self, ids: Sequence[bytes], kv: Tensor, length: Tensor, slots: Sequence[int] | Tensor,
@@ -425,10 +387,3 @@ class Bank:
         from .salvage import salvage
 
         return salvage(Path(path), Path(target), identity, embed)
-
-
-def _format_version(raw: bytes) -> int | None:
-    try:
-        return int(json.loads(raw)["format_version"])
-    except (ValueError, KeyError, TypeError):
-        return None

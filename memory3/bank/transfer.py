@@ -29,6 +29,7 @@ from .codec import Codec
 from .env import DATA_FILE, sync_folder
 from .errors import BankError, IdentityMismatch
 from .format import Record, Reference, pack_record, unpack_embedding, unpack_record, unpack_reference
+from .header import require_match
 from .writing import add_packed
 
 if TYPE_CHECKING:
@@ -193,17 +194,10 @@ def _header(file: Path, members: Iterator[tuple[str, bytes]], path: Path, identi
         if codec.name != theirs.codec:
             raise IdentityMismatch(file, [("codec (hash of the books)", codec.name, theirs.codec)])
     if identity is not None:
-        _agree(file, theirs, identity)
+        require_match(file, theirs, identity)
     if (path / DATA_FILE).is_file():
         return Bank.open(path, theirs, write=True)
     return Bank.create(path, theirs, codec=codec)
-
-
-def _agree(file: Path, theirs: Identity, mine: Identity) -> None:
-    skip = {name for name, free in (("embedder", ""), ("codec", "dense")) if getattr(mine, name) == free}
-    fields = [entry for entry in theirs.mismatches(mine) if entry[0] not in skip]
-    if fields:
-        raise IdentityMismatch(file, fields)
 
 
 def _take(file: Path, bank: Bank, name: str, lines: bytes, raw: bytes) -> dict[str, int]:

@@ -88,7 +88,7 @@ def test_kill_9_while_building_loses_nothing_and_resumes_to_the_same_bank(tmp_pa
 
 @pytest.fixture
 def bank_path(tmp_path):
-    with Bank.create(tmp_path / "b", IDENTITY) as bank:
+    with Bank.create(tmp_path / "b", IDENTITY, map_bytes=1 << 20) as bank:
         for part in range(8):
             fill(bank, 50, start=50 * part)
         bank.build_index()
@@ -135,6 +135,15 @@ def test_salvage_of_a_cut_file(bank_path, tmp_path, cut):
                 found, scores = bank.search(HashEmbedder().encode([bank.text(record_id)]), 1)
                 assert found[0] == [record_id] and scores[0][0] > 0.999
         assert checked == report.records - report.without_text > 0
+
+
+@pytest.mark.parametrize("cut", ["100 bytes", "meta pages only"])
+def test_salvage_of_almost_nothing(bank_path, tmp_path, cut):
+    os.truncate(bank_path / "data.mdb", CUTS[cut](0))
+    with pytest.raises(BankError, match="header.*is lost"):
+        Bank.salvage(bank_path, tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+    assert Bank.salvage(bank_path, tmp_path / "new", identity=IDENTITY).records == 0
 
 
 def test_salvage_of_a_whole_bank_is_a_copy(bank_path, tmp_path):

@@ -1,18 +1,20 @@
-"""Making the folder of a new bank."""
+"""The header of a bank: made once with its folder, read and compared at every open."""
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import uuid
 from dataclasses import replace
 from pathlib import Path
 
-from ..identity import Identity
+from ..identity import FORMAT_VERSION, Identity
 from .codec import Codec
-from .env import DATABASES, OPEN_LOCK, WRITER_LOCK, open_lmdb
-from .errors import BankExists
+from .env import DATABASES, open_lmdb
+from .errors import BankError, BankExists, BankNotFound, IdentityMismatch
 from .format import Layout
+from .locks import OPEN_LOCK, WRITER_LOCK
 
 
 def create_folder(folder: Path, identity: Identity, codec: Codec | None, map_bytes: int) -> None:
@@ -54,3 +56,34 @@ def _clear_abandoned(folder: Path) -> None:
             shutil.rmtree(old, ignore_errors=True)
         except PermissionError:
             continue
+
+
+def read_identity(path: Path, raw: bytes | None) -> Identity:
+    """Identity from the stored header. Raises BankNotFound (none), IdentityMismatch (another format), BankError."""
+    if raw is None:
+        raise BankNotFound(f"{path} holds no bank header; it is not a memory3 bank")
+    try:
+        identity = Identity.from_json(raw)
+    except (ValueError, TypeError) as error:
+        version = _format_version(raw)
+        if version is not None and version != FORMAT_VERSION:
+            raise IdentityMismatch(path, [("format_version", version, FORMAT_VERSION)]) from None
+        raise BankError(f"the header of the bank {path} does not parse: {error}; salvage it") from error
+    if identity.format_version != FORMAT_VERSION:
+        raise IdentityMismatch(path, [("format_version", identity.format_version, FORMAT_VERSION)])
+    return identity
+
+
+def require_match(path: Path, stored: Identity, asked: Identity) -> None:
+    """Raise IdentityMismatch naming each field that differs. See Bank.check for what asks for nothing."""
+    skip = {name for name, free in (("embedder", ""), ("codec", "dense")) if getattr(asked, name) == free}
+    fields = [entry for entry in stored.mismatches(asked) if entry[0] not in skip]
+    if fields:
+        raise IdentityMismatch(path, fields)
+
+
+def _format_version(raw: bytes) -> int | None:
+    try:
+        return int(json.loads(raw)["format_version"])
+    except (ValueError, KeyError, TypeError):
+        return None
