@@ -1,5 +1,7 @@
 """SmolLM2-135M from its GGUF file: agreement with transformers, tokenizer, chat, reading memories."""
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -44,7 +46,7 @@ class Parity:
             ours16 = model16.net.hidden(tokens, cu(*LENGTHS))
             theirs32 = self._hidden(hf, tokens, ends)
             self._totals = {}
-            hf16 = hf.to(torch.bfloat16)
+            hf16 = copy.deepcopy(hf).to(torch.bfloat16)
             theirs16 = self._hidden(hf16, tokens, ends)
             hf32_head = model32.net.embed
             for lo in range(0, len(tokens), 512):
@@ -57,7 +59,6 @@ class Parity:
                     "reference": reference,
                 }
                 self._add(logits, reference, tokens, lo, set(ends[1:]))
-        hf.to(torch.float32)
 
     @staticmethod
     def _hidden(hf, tokens, ends):
@@ -88,6 +89,7 @@ def parity(smollm32, smollm16, hf_model, wiki):
     return Parity(smollm32, smollm16, hf_model, wiki)
 
 
+@pytest.mark.slow
 def test_weights_equal_transformers_reading(smollm32, hf_model):
     state = hf_model.state_dict()
     block = smollm32.net.blocks[7]
@@ -98,11 +100,13 @@ def test_weights_equal_transformers_reading(smollm32, hf_model):
     assert smollm32.config == PRESETS["smollm2-135m"].model
 
 
+@pytest.mark.slow
 def test_fp32_logits_agree_with_transformers(parity):
     assert parity.error("ours32") < 1e-3
     assert abs(parity.nll("ours32") / parity.nll("reference") - 1) < 1e-4
 
 
+@pytest.mark.slow
 def test_bf16_is_as_close_to_fp32_as_transformers_bf16(parity):
     assert 0 < parity.error("ours16") <= 1.2 * parity.error("theirs16")
     assert abs(parity.nll("ours16") / parity.nll("reference") - 1) < 5e-3
