@@ -87,7 +87,7 @@ class Arena:
             return self._load(ids, source)
 
     def _load(self, ids: Sequence[bytes], source: RecordSource) -> list[int]:
-        wanted = list(dict.fromkeys(ids))
+        wanted, in_use = list(dict.fromkeys(ids)), self.pinned
         missing = [record for record in wanted if record not in self._slot_of]
         for record in wanted:
             if record in self._slot_of:
@@ -96,7 +96,7 @@ class Arena:
         fresh: list[int] = []
         try:
             for _ in missing:
-                fresh.append(self._take_slot(len(wanted)))
+                fresh.append(self._take_slot(len(wanted), in_use))
             if missing:
                 self.stats.bytes_loaded += source.read_into(missing, self.kv, self.length, fresh, self.bias)
         except BaseException:
@@ -133,7 +133,7 @@ class Arena:
                     del self._slot_of[record]
                     self._free.append(slot)
 
-    def _take_slot(self, needed: int) -> int:
+    def _take_slot(self, needed: int, in_use: int) -> int:
         if self._free:
             return self._free.pop()
         for record, slot in self._slot_of.items():
@@ -141,6 +141,6 @@ class Arena:
                 del self._slot_of[record]
                 return slot
         raise SlotsExhausted(
-            f"slots: a step reads {needed} memories at once beside {self.pinned} in use, "
+            f"slots: a step reads {needed} memories at once beside {in_use} in use, "
             f"but the arena has {self.slots} slots; raise slots, or lower refs or the batch"
         )

@@ -59,7 +59,7 @@ def filtered(logits: Tensor, sampling: Sampling) -> Tensor:
         kth = scaled.topk(min(sampling.top_k, scaled.shape[-1]), -1).values[..., -1:]
         scaled = scaled.masked_fill(scaled < kth, -torch.inf)
     if sampling.top_p < 1:
-        ordered, order = scaled.sort(-1, descending=True, stable=True)
+        ordered, order = scaled.sort(dim=-1, descending=True, stable=True)
         probability = ordered.softmax(-1)
         # A token is cut when the mass before it already reaches top_p: the first one always stays.
         cut = probability.cumsum(-1) - probability >= sampling.top_p
