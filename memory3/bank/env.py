@@ -22,7 +22,7 @@ from .lmdbfile import check_whole
 from .locks import Gate, open_lock
 
 DATABASES = ("header", "state", "records", "embeddings", "references", "log")
-DATA_FILE = "data.mdb"
+DATA_FILE, LOCK_FILE = "data.mdb", "lock.mdb"
 MAX_READERS = 1024
 MIN_MAP = 1 << 20
 GROW_STEP = 16 << 30  # above this size the map grows by this much instead of doubling
@@ -162,24 +162,13 @@ class Environment:
                     with self._gate.alone():
                         self._env.set_mapsize(0)
                 except (lmdb.Error, OSError) as error:
-                    reason = self._full_reason(error, expect_bytes)
+                    reason = full_reason(error, self.folder, expect_bytes, self.data_path)
                     if reason is None:
                         raise BankError(f"cannot write to the bank {self.folder}: {error}") from error
                     raise BankFull(
                         f"cannot write to the bank {self.folder}: {reason}. Everything committed before is intact; "
                         "free some space and run the same command again, it continues where it stopped"
                     ) from error
-
-    def _full_reason(self, error: BaseException, expect_bytes: int) -> str | None:
-        """Why there is no room, or None. LMDB reports a write cut short by a full disk as a plain EIO."""
-        number = _errno(error)
-        if number != errno.EIO:
-            return _FULL.get(number or 0)
-        limit, size = resource.getrlimit(resource.RLIMIT_FSIZE)[0], self.data_path.stat().st_size
-        if limit != resource.RLIM_INFINITY and size + expect_bytes + (1 << 20) > limit:
-            return _FULL[errno.EFBIG]
-        disk = os.statvfs(self.folder)
-        return _FULL[errno.ENOSPC] if disk.f_bavail * disk.f_frsize < expect_bytes + (1 << 20) else None
 
     def used_bytes(self) -> int:
         return (self._env.info()["last_pgno"] + 1) * self._env.stat()["psize"]
@@ -223,6 +212,7 @@ class Environment:
             fresh.mkdir()
             try:
                 make(self._env, fresh)
+                _reserve_lock_file(fresh)
                 with open(fresh / DATA_FILE, "rb") as file:
                     os.fsync(file.fileno())
                 with self._gate.alone():
@@ -230,13 +220,13 @@ class Environment:
                     try:
                         with open_lock(self.folder, exclusive=True):
                             # A lock file belongs to one data file: its transaction counter must not meet another's.
-                            (self.folder / "lock.mdb").unlink(missing_ok=True)
+                            os.replace(fresh / LOCK_FILE, self.folder / LOCK_FILE)
                             os.replace(fresh / DATA_FILE, self.data_path)
                             sync_folder(self.folder)
                     finally:
                         self._start(0)
             except (lmdb.Error, OSError) as error:
-                reason = self._full_reason(error, self.used_bytes())
+                reason = full_reason(error, self.folder, self.used_bytes())
                 if reason is None:
                     raise BankError(f"cannot compact {self.folder}: {error}; the bank is unchanged") from error
                 raise BankFull(f"cannot compact {self.folder}: {reason}; the bank is unchanged") from error
@@ -246,6 +236,7 @@ class Environment:
 
 def open_lmdb(folder: Path, map_size: int, readonly: bool = False) -> Any:
     """lmdb.open with this package's settings; files only, never anonymous memory, and synced commits."""
+    _reserve_lock_file(folder)
     options: dict[str, Any] = {"max_dbs": len(DATABASES) + 2, "max_readers": MAX_READERS}
     try:
         return lmdb.open(str(folder), map_size=map_size, readonly=readonly, create=not readonly, **options)
@@ -256,6 +247,40 @@ def open_lmdb(folder: Path, map_size: int, readonly: bool = False) -> Any:
         if _errno(error) in _FULL:
             raise BankFull(f"cannot open the bank {folder}: {_FULL[_errno(error) or 0]}") from error
         raise BankError(f"cannot open the bank {folder}: {error}") from error
+
+
+def _reserve_lock_file(folder: Path) -> None:
+    """Give LMDB's reader table its disk blocks now: it is written through a map, and on a full disk a hole in it
+    would kill the process with SIGBUS. Only while this process has not opened the file (closing drops its locks).
+    """
+    size = -(-64 * (MAX_READERS + 2) // 4096) * 4096
+    try:
+        fd = os.open(folder / LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EROFS):
+            return  # opened without a reader table below
+        raise
+    try:
+        os.posix_fallocate(fd, 0, size)
+    except OSError as error:
+        if error.errno in _FULL:
+            raise BankFull(f"cannot open the bank {folder}: {_FULL[error.errno]}; free {size} bytes") from error
+        if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
+            raise
+    finally:
+        os.close(fd)
+
+
+def full_reason(error: BaseException, folder: Path, expect_bytes: int, file: Path | None = None) -> str | None:
+    """Why there is no room, or None. LMDB reports a write cut short by a full disk as a plain EIO."""
+    number = _errno(error)
+    if number != errno.EIO:
+        return _FULL.get(number or 0)
+    limit, size = resource.getrlimit(resource.RLIMIT_FSIZE)[0], file.stat().st_size if file else 0
+    if limit != resource.RLIM_INFINITY and size + expect_bytes + (1 << 20) > limit:
+        return _FULL[errno.EFBIG]
+    disk = os.statvfs(folder)
+    return _FULL[errno.ENOSPC] if disk.f_bavail * disk.f_frsize < expect_bytes + (1 << 20) else None
 
 
 def _errno(error: BaseException) -> int | None:
@@ -280,7 +305,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def _remove(folder: Path) -> None:
-    for name in (DATA_FILE, "lock.mdb"):
+    for name in (DATA_FILE, LOCK_FILE):
         (folder / name).unlink(missing_ok=True)
     if folder.exists():
         folder.rmdir()

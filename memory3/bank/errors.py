@@ -43,7 +43,7 @@ class BankFull(BankError):
 
 
 class BankReadOnly(BankError):
-    """A write on a bank that was opened for reading."""
+    """A write on a bank that was opened for reading, or that lies where nothing can be written."""
 
 
 class UnknownRecord(BankError, KeyError):

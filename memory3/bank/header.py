@@ -9,10 +9,12 @@ import uuid
 from dataclasses import replace
 from pathlib import Path
 
+import lmdb
+
 from ..identity import FORMAT_VERSION, Identity
 from .codec import Codec
-from .env import DATABASES, open_lmdb
-from .errors import BankError, BankExists, BankNotFound, IdentityMismatch
+from .env import DATABASES, full_reason, open_lmdb
+from .errors import BankError, BankExists, BankFull, BankNotFound, IdentityMismatch
 from .format import Layout
 from .locks import OPEN_LOCK, WRITER_LOCK
 
@@ -23,6 +25,16 @@ def create_folder(folder: Path, identity: Identity, codec: Codec | None, map_byt
         raise BankExists(f"{folder} exists and is not an empty folder; Bank.open opens a bank that is there")
     identity = replace(identity, codec=codec.name if codec else "dense")
     Layout.of(identity)
+    try:
+        _create(folder, identity, codec, map_bytes)
+    except (OSError, lmdb.Error) as error:
+        reason = full_reason(error, folder.parent, 1 << 16)
+        if reason is not None:
+            raise BankFull(f"cannot make a bank at {folder}: {reason}; nothing was left behind") from error
+        raise BankError(f"cannot make a bank at {folder}: {error}; nothing was left behind") from error
+
+
+def _create(folder: Path, identity: Identity, codec: Codec | None, map_bytes: int) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
     _clear_abandoned(folder)
     fresh = folder.parent / f".{folder.name}.new-{os.getpid()}"

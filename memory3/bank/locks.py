@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from .errors import BankLocked
+from .errors import BankLocked, BankReadOnly
 
 OPEN_LOCK, WRITER_LOCK = "open.lock", "writer.lock"
 
@@ -22,7 +22,10 @@ class WriterLock:
 
     def __init__(self, folder: Path):
         path = folder / WRITER_LOCK
-        self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        except OSError as error:
+            raise BankReadOnly(f"cannot write to the bank {folder}: {error.strerror}; open it for reading") from error
         try:
             fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -33,8 +36,11 @@ class WriterLock:
                 "stop it, or open the bank for reading (any number of readers may run beside a writer)"
             ) from None
         about = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
-        os.ftruncate(self._fd, 0)
-        os.pwrite(self._fd, json.dumps(about).encode(), 0)
+        try:
+            os.ftruncate(self._fd, 0)
+            os.pwrite(self._fd, json.dumps(about).encode(), 0)
+        except OSError:  # a full disk: the lock holds without a name on it, and deleting must stay possible
+            return
 
     def release(self) -> None:
         if self._fd >= 0:
