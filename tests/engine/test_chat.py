@@ -35,7 +35,7 @@ def test_turns_equal_feeding_all_at_once(engine, spy, model):
 
 
 def test_only_new_tokens_are_fed(engine):
-    """Also when a turn's answer reads back otherwise than it was generated: the cache is rewound to where both agree."""
+    """Each turn, and of the answer before what reads back otherwise than it was generated."""
     made = engine(mode="none")
     chat, fed = Chat(made), 0
     for text in TURNS:
@@ -67,7 +67,7 @@ def test_rewinds_when_the_answer_tokenizes_differently(engine, monkeypatch):
 
 def test_every_turn_reads_its_own_memories(engine):
     """A long turn asks with its own tokens; a short one keeps what the turn before read last."""
-    made = engine()
+    made = engine(model=make_model(replace(MEMORY, min_query=40)))
     chat = Chat(made)
     first = chat.send(TURNS[0], max_new_tokens=70)
     second = chat.send(TURNS[1], max_new_tokens=5)
@@ -79,11 +79,9 @@ def test_every_turn_reads_its_own_memories(engine):
     assert second.reads[-1].where == "generated" and second.reads[-1].start == 0
     before = len(made.embedder.asked)
     short = chat.send("a", max_new_tokens=5)
-    assert short.prompt_tokens < 16 and len(made.embedder.asked) == before
-    assert [(r.where, r.ids) for r in short.reads] == [
-        ("prompt", second.reads[-1].ids),
-        ("generated", second.reads[-1].ids),
-    ]
+    assert short.prompt_tokens < 40 and len(made.embedder.asked) == before
+    assert [r.where for r in short.reads] == ["prompt", "generated"]
+    assert all(r.ids == second.reads[-1].ids for r in short.reads)
     assert made.arena.pinned == 3
     chat.close()
     assert made.arena.pinned == 0

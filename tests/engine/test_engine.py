@@ -160,7 +160,7 @@ def test_sliding_forgets_only_what_it_must(engine):
 
 
 def test_rag_layout(engine, model, bank, monkeypatch):
-    """Prefix, reference, ..., prefix, reference, BOS, prompt; the best reference last; one retrieval, plain positions."""
+    """Prefix, reference, ..., prefix, reference, BOS, prompt; the best reference last; one retrieval, no span."""
     seen = []
     prefill = model.net.prefill
 

@@ -33,10 +33,7 @@ def test_finds_the_right_reference(engines):
 
 def test_memory_and_text_tell_the_model_something(engines):
     """Loss of an answer that the model cannot know."""
-    prompts = [
-        "Question: Who wrote the opera The Glass Heron?\nAnswer:",
-        "Question: How high is Mount Tarrin?\nAnswer:",
-    ]
+    prompts = [f"Question: {q}\nAnswer:" for q in ("Who wrote The Glass Heron?", "How high is Mount Tarrin?")]
     answers = [" Maud Ellery", " 4,812 metres"]
     loss = {mode: sum(engine.score(prompts, answers)) / 2 for mode, engine in engines.items()}
     assert max(loss["rag"], loss["memory"]) < loss["none"] - 0.2, loss
