@@ -7,6 +7,15 @@ namespace {
 typedef long long ll;  // what %lld takes everywhere
 }
 
+m3_status check_sizes(int64_t dim, int64_t heads, int64_t kv_heads) {
+  M3_CHECK(dim % 8 == 0 && dim >= 8 && dim <= 256,
+           "q: expected a head dimension that is a multiple of 8 up to 256, got %lld", ll(dim));
+  M3_CHECK(kv_heads > 0 && heads >= kv_heads && heads % kv_heads == 0,
+           "q: expected a number of heads that is a multiple of the %lld KV heads, got %lld", ll(kv_heads), ll(heads));
+  M3_CHECK(heads / kv_heads <= 64, "q: expected at most 64 query heads per KV head, got %lld", ll(heads / kv_heads));
+  return M3_OK;
+}
+
 m3_status check_offsets(const char* name, const int32_t* offsets, int64_t count, int64_t rows, bool exact,
                         const char* bound_name, int64_t bound) {
   M3_CHECK(offsets[0] == 0, "%s[0]: expected 0, got %d", name, offsets[0]);
@@ -38,8 +47,8 @@ m3_status check_boundaries(const int32_t* cu_q, int64_t sequences, const int32_t
   int64_t c = 0;
   for (int64_t b = 0; b <= sequences; ++b) {
     while (c < chunks && cu_chunk[c] < cu_q[b]) ++c;
-    M3_CHECK(cu_chunk[c] == cu_q[b], "cu_chunk: expected a boundary at cu_q[%lld] = %d, where a sequence ends, got none",
-             ll(b), cu_q[b]);
+    M3_CHECK(cu_chunk[c] == cu_q[b],
+             "cu_chunk: expected a boundary at cu_q[%lld] = %d, where a sequence ends, got none", ll(b), cu_q[b]);
   }
   return M3_OK;
 }

@@ -6,6 +6,8 @@
 
 namespace m3 {
 
+// What the tiles can hold: head dimension, heads, query heads per KV head.
+m3_status check_sizes(int64_t dim, int64_t heads, int64_t kv_heads);
 // `name`[0..count] starts at 0, never falls, ends at `rows` (or before, unless exact); no piece is longer than `bound`.
 m3_status check_offsets(const char* name, const int32_t* offsets, int64_t count, int64_t rows, bool exact,
                         const char* bound_name, int64_t bound);

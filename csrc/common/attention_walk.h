@@ -32,7 +32,8 @@ inline void for_each_record_block(const M3Records& memory, int64_t chunk, int64_
   for (int64_t r = 0; r < memory.refs; ++r) {
     const int64_t slot = memory.slot[chunk * memory.refs + r];
     if (slot < 0) continue;
-    const float* bias = memory.bias ? memory.bias + slot * memory.bias_stride[0] + head * memory.bias_stride[1] : nullptr;
+    const float* bias = nullptr;
+    if (memory.bias) bias = memory.bias + slot * memory.bias_stride[0] + head * memory.bias_stride[1];
     const int length = memory.length[slot];
     for (int at = 0; at < length;) {
       if (block.room() == 0) {

@@ -1,7 +1,6 @@
 #include "m3/memory_attention.h"
 
 #include "common/attention_checks.h"
-#include "common/check.h"
 #include "common/parallel.h"
 #include "common/row_blocks.h"
 #include "common/simd.h"
@@ -13,13 +12,7 @@ namespace m3 {
 
 m3_status validate(const M3MemoryAttentionParams& p) {
   const M3Records& memory = p.memory;
-  M3_CHECK(p.dim % 8 == 0 && p.dim >= 8 && p.dim <= 256, "q: expected a head dimension that is a multiple of 8 up to 256, got %lld",
-           static_cast<long long>(p.dim));
-  M3_CHECK(p.kv_heads > 0 && p.heads >= p.kv_heads && p.heads % p.kv_heads == 0,
-           "q: expected a number of heads that is a multiple of the %lld KV heads, got %lld",
-           static_cast<long long>(p.kv_heads), static_cast<long long>(p.heads));
-  M3_CHECK(p.heads / p.kv_heads <= 64, "q: expected at most 64 query heads per KV head, got %lld",
-           static_cast<long long>(p.heads / p.kv_heads));
+  M3_TRY(check_sizes(p.dim, p.heads, p.kv_heads));
   M3_TRY(check_offsets("cu_q", p.cu_q, p.sequences, p.rows, true, "max_q", p.max_q));
   if (p.k != nullptr) {
     M3_TRY(check_offsets("cu_k", p.cu_k, p.sequences, p.keys, false, "max_k", p.max_k));

@@ -5,7 +5,8 @@
 #include "common/simd.h"
 #include "memory_attention/validate.h"
 
-M3_DECLARE_LEVELS(void, attention_query_gradient, const M3MemoryAttentionBackwardParams&, const RowBlocks&, int64_t, int64_t)
+M3_DECLARE_LEVELS(void, attention_query_gradient, const M3MemoryAttentionBackwardParams&, const RowBlocks&, int64_t,
+                  int64_t)
 M3_DECLARE_LEVELS(void, attention_context_gradient, const M3MemoryAttentionBackwardParams&, int64_t, int64_t, int64_t)
 M3_DECLARE_LEVELS(void, attention_record_gradient, const M3MemoryAttentionBackwardParams&, int64_t, int64_t)
 

@@ -1,5 +1,5 @@
-// The work items of memory_decode and memory_decode_coded: a sequence x a KV head x a block of its new rows (all of them,
-// but for large groups). They differ in how records are read.
+// The work items of memory_decode and memory_decode_coded: a sequence x a KV head x a block of its new rows (all of
+// them, but for large groups). They differ in how records are read.
 #pragma once
 
 #include "common/attention_walk.h"

@@ -20,12 +20,14 @@ struct DecodedBlock {
   alignas(64) float v[kBlock * kMaxDim];
 };
 
-void rotate_queries(const M3Book& book, const QueryTile& tile, float* out) {
+// tile.q[i] = rot q[i]
+void rotate_queries(const M3Book& book, const float* q, QueryTile& tile) {
   const float* rows[kMaxDim];
   for (int e = 0; e < tile.dim; ++e) rows[e] = book.rot + static_cast<int64_t>(e) * tile.dim;
-  dot(tile.q, tile.ld, tile.m, rows, tile.dim, tile.dim, out, tile.ld);
+  dot(q, tile.ld, tile.m, rows, tile.dim, tile.dim, tile.q, tile.ld);
 }
 
+// tile.acc[i] = rot^T acc[i]
 void rotate_back(const M3Book& book, QueryTile& tile) {
   alignas(64) float turned[kTileRows * kMaxDim];
   gemm(Strided{tile.acc, tile.ld, 1}, Rows<float>{book.rot, tile.dim}, tile.m, tile.dim, tile.dim, turned, tile.ld,
@@ -59,12 +61,8 @@ void attend(const M3MemoryDecodeCodedParams& p, const RowBlocks& blocks, int64_t
     if (p.decode.memory.refs == 0) return;
     alignas(64) float plain[kTileRows * kMaxDim];
     if (p.k_book.rot) {
-      const size_t bytes = sizeof(float) * tile.m * tile.ld;
-      rotate_queries(p.k_book, tile, plain);
-      for (size_t i = 0; i < bytes / sizeof(float); ++i) {
-        const float x = plain[i];
-        plain[i] = tile.q[i], tile.q[i] = x;
-      }
+      memcpy(plain, tile.q, sizeof(float) * tile.m * tile.ld);
+      rotate_queries(p.k_book, plain, tile);
     }
     read_records(p, k_book, v_book, tile, b, head);
     if (p.k_book.rot) memcpy(tile.q, plain, sizeof(float) * tile.m * tile.ld);
