@@ -27,7 +27,10 @@ LAYER_NORM_EPS = 1e-12
 class SupportsEncode(Protocol):
     """What a bank and an engine need of an embedder."""
 
-    name: str
+    @property
+    def name(self) -> str:
+        """Goes into a bank's identity."""
+        ...
 
     def encode(self, texts: Sequence[str]) -> np.ndarray:
         """float32 [N, E], one row per text."""

@@ -130,7 +130,8 @@ def pack(entry: Entry, encode: Encode, span: int = 128) -> list[Chunk]:
     """
     if span < 1:
         raise ValueError(f"span must be positive, got {span}")
-    text, start, chunks = entry.text, 0, []
+    text, start = entry.text, 0
+    chunks: list[Chunk] = []
     title = _short_title(entry.title, encode, span)
     while start < len(text):
         if text[start].isspace():
