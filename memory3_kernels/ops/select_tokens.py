@@ -17,7 +17,7 @@ from ._checks import check_range, expect_dtype, expect_floating, expect_head_dim
 
 SCHEMA = "(Tensor q, Tensor k, Tensor length, *, int tokens, int start, float scale, str rule) -> Tensor"
 RULES = ("received", "exp", "causal")
-MAX_TOKENS = 64
+MAX_TOKENS = 512
 # References scored at a time by the PyTorch reference: at most this many scores are held.
 _BLOCK = 1 << 24
 
@@ -157,6 +157,7 @@ def cases():
     yield Case("received-start-past-everything", _sample(2, 6, 2, 1, 8, 3, "received", start=6))
     yield Case("received-N0", _sample(0, 8, 2, 1, 8, 3, "received"))
     yield Case("received-T0", _sample(2, 0, 2, 1, 8, 3, "received"))
+    yield Case("causal-keeps-all_T80_K128", _sample(2, 80, 3, 1, 16, 128, "causal", start=3))
     yield Case("causal-group5_T70_D80", _sample(1, 70, 5, 1, 80, 8, "causal", start=2))
     yield Case("received-paper_N8_T128_H40-8_D80_K8", _sample(8, 128, 40, 8, 80, 8, "received"), slow=True, bench=True)
     yield Case("causal-smollm2_N8_T136_H9-3_D64_K8", _sample(8, 136, 9, 3, 64, 8, "causal", 6), slow=True, bench=True)
@@ -180,7 +181,7 @@ def bad_cases():
     yield BadCase(
         "length-range", broken(2, torch.tensor([4, 5], dtype=torch.int32)), r"length\[1\]: expected 0..4, got 5", False
     )
-    yield BadCase("tokens", broken(tokens=0), "tokens: expected 1..64, got 0")
+    yield BadCase("tokens", broken(tokens=0), "tokens: expected 1..512, got 0")
     yield BadCase("start", broken(start=-1), "start: expected a row number, 0 or more, got -1")
     yield BadCase("rule", broken(rule="best"), "rule: expected one of received, exp, causal, got best")
     yield BadCase("stride", broken(0, torch.zeros(2, 4, 8, 6).mT), "q: expected a last stride of 1, got 6")
@@ -219,7 +220,7 @@ def select_tokens(
         k: [N, T, Hkv, D], their keys, rotated or not as q; same dtype. Hkv divides Hq; the query heads of one KV head
             are summed.
         length: [N] int32, 0..T: how many rows of each reference are real. Later rows are never read.
-        tokens: K, how many rows to keep, 1..64.
+        tokens: K, how many rows to keep, 1..512.
         start: first row that may be kept; rows before it are a prefix: neither ranked nor queries. "causal" lets
             queries see them, the other rules leave them out altogether.
         scale: factor on q.k, normally D ** -0.5.

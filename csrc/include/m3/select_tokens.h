@@ -8,7 +8,7 @@
 extern "C" {
 #endif
 
-#define M3_SELECT_MAX_TOKENS 64
+#define M3_SELECT_MAX_TOKENS 512
 
 typedef enum m3_select_rule {
   M3_SELECT_RECEIVED = 0, /* softmax over the own rows, summed over queries */
