@@ -68,6 +68,15 @@ def test_ties_go_to_the_lower_row(rule):
     assert chosen.flatten().tolist() == [1, 2, 3, 4]
 
 
+@pytest.mark.parametrize("rule", ["received", "exp"])
+def test_a_better_row_displaces_the_higher_of_equals(rule):
+    q, k = torch.ones(1, 5, 1, 8), torch.tensor([0.1, 0.1, 0.0, 0.5, 0.4]).view(1, 5, 1, 1).expand(1, 5, 1, 8)
+    length = torch.tensor([5], dtype=torch.int32)
+    for tokens, wanted in ((3, [0, 3, 4]), (2, [3, 4]), (4, [0, 1, 3, 4])):
+        chosen = select_tokens(q, k.contiguous(), length, tokens=tokens, scale=1.0, rule=rule)
+        assert chosen.flatten().tolist() == wanted
+
+
 def test_prefix_keys_matter_to_the_causal_rule_only():
     """A prefix row that draws all attention leaves less to share out; the other rules must not see it."""
     q, k = torch.rand(1, 16, 2, 8), torch.randn(1, 16, 1, 8)
