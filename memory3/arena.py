@@ -6,6 +6,7 @@ attention (CONTRACT of the record format: docs/architecture.md).
 
 from __future__ import annotations
 
+import math
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -33,6 +34,19 @@ class CacheStats:
     bytes_loaded: int = 0
 
 
+ALIGNMENT = 256  # bytes: of the first slot, and of the distance between two
+
+
+def _aligned(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """Zeros [S, ...]; slots are contiguous in themselves, and as far apart as ALIGNMENT asks."""
+    slot = math.prod(shape[1:])
+    unit = ALIGNMENT // dtype.itemsize
+    stride = -(-slot // unit) * unit
+    raw = torch.zeros(shape[0] * stride + unit, dtype=dtype)
+    start = -raw.data_ptr() % ALIGNMENT // dtype.itemsize
+    return raw[start : start + shape[0] * stride].view(shape[0], stride)[:, :slot].unflatten(1, tuple(shape[1:]))
+
+
 class Arena:
     """S slots of [Lm, 2, Hm, K, D], and a least-recently-used map from record ids to them.
 
@@ -50,7 +64,7 @@ class Arena:
             raise ValueError(f"slots: expected at least 1, got {slots}")
         layers, _, heads, tokens, _ = shape
         with torch.inference_mode(False):  # inference tensors could not be filled by a thread outside of that mode
-            self.kv = torch.zeros((slots, *shape), dtype=dtype)
+            self.kv = _aligned((slots, *shape), dtype)
             self.length = torch.zeros(slots, dtype=torch.int32)
             self.bias = torch.zeros((slots, layers, heads, tokens), dtype=torch.float32) if has_bias else None
         self.stats = CacheStats()

@@ -30,6 +30,19 @@ def ids(*numbers):
     return [bytes([n]) for n in numbers]
 
 
+@pytest.mark.parametrize("shape", [(1, 2, 1, 2, 8), (3, 2, 3, 5, 8), (2, 2, 2, 8, 64)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_slots_are_aligned(shape, dtype):
+    """Base and slot distance are multiples of 256 bytes whatever a record's size; slots do not overlap."""
+    kv = Arena(shape, 3, dtype).kv
+    assert kv.shape == (3, *shape) and kv.dtype == dtype and not kv.any()
+    assert kv.data_ptr() % 256 == 0 and kv.stride(0) * kv.element_size() % 256 == 0
+    assert kv[0].is_contiguous() and kv[:, 0, 1].shape == (3, *shape[2:])
+    for slot in range(3):
+        kv[slot] = slot + 1
+    assert [kv[slot].unique().tolist() for slot in range(3)] == [[1], [2], [3]]
+
+
 def test_hits_do_not_read_again():
     arena, source = Arena(SHAPE, 4, torch.float32), Source()
     slots = arena.load(ids(1, 2, 1), source)
