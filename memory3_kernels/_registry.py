@@ -34,7 +34,7 @@ class Case:
 
 @dataclass(frozen=True)
 class BadCase:
-    """A call every backend must refuse with RuntimeError, its message matching `match`. `fake` too, unless value-dependent."""
+    """A call every backend must refuse with RuntimeError matching `match`; the fake too, unless it depends on values."""
 
     id: str
     make: Callable[[], tuple[tuple, dict]]

@@ -154,7 +154,8 @@ def test_refuses_bad_arguments(op, bad, backend):
         mode = torch._subclasses.FakeTensorMode()
         with mode, pytest.raises(RuntimeError, match=bad.match):
             op.overload(*(mode.from_tensor(a) if isinstance(a, Tensor) else a for a in args),
-                        **{k: mode.from_tensor(v) if isinstance(v, Tensor) else v for k, v in kwargs.items()})  # fmt: skip
+                        **{k: mode.from_tensor(v) if isinstance(v, Tensor) else v
+                           for k, v in kwargs.items()})  # fmt: skip
 
 
 def with_gradients(args, positions):
