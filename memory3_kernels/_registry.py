@@ -34,7 +34,7 @@ class Case:
 
 @dataclass(frozen=True)
 class BadCase:
-    """A call every backend must refuse with RuntimeError matching `match`; the fake too, unless it depends on values."""
+    """A call every backend must refuse with RuntimeError matching `match`; `fake` too, unless it hangs on values."""
 
     id: str
     make: Callable[[], tuple[tuple, dict]]
