@@ -78,10 +78,10 @@ def measure(model, bank, embedder, prompts, tokens: int, runs: int, names, threa
         if name == "cold":
             engine.arena.clear()
         gc.collect()
-        begin = time.perf_counter()
+        begin, cpu = time.perf_counter(), time.process_time()
         stats = engine.generate(prompts, max_new_tokens=tokens, ignore_eos=True)[0].stats
-        wall = time.perf_counter() - begin
-        return {**stats.to_dict(), "wall_s": wall, "load": environment.load_average()}
+        wall, cpu = time.perf_counter() - begin, time.process_time() - cpu
+        return {**stats.to_dict(), "wall_s": wall, "cpu_s": cpu, "load": environment.load_average()}
 
     seen = interleave({name: lambda name=name: run(name) for name in names}, runs)
     about = {"batch": len(prompts), "threads": threads}
@@ -90,13 +90,17 @@ def measure(model, bank, embedder, prompts, tokens: int, runs: int, names, threa
 
 
 def summary(runs: list[dict], base: list[dict] | None, chunks: float) -> dict[str, Any]:
-    """Medians over the runs of one arm; the ratio is that of throughputs to `base`, round by round."""
+    """Medians over the runs of one arm; the ratio is that of throughputs to `base`, round by round.
+
+    cpu_s and cpu_ratio count this process's processor time alone: what others took from a shared machine is left out.
+    """
 
     def median(key: str) -> float:
         return Summary.of(r[key] for r in runs).median
 
     speed = Summary.of(r["new_tokens"] / r["wall_s"] for r in runs)
     ratio = Summary.of(ratios([b["wall_s"] for b in base], [r["wall_s"] for r in runs])) if base else None
+    cpu_ratio = Summary.of(ratios([b["cpu_s"] for b in base], [r["cpu_s"] for r in runs])) if base else None
     stages = sorted({stage for r in runs for stage in r["times"]})
     return {
         "runs": len(runs),
@@ -106,7 +110,9 @@ def summary(runs: list[dict], base: list[dict] | None, chunks: float) -> dict[st
         "ratio": ratio.median if ratio else None,
         "ratio_low": ratio.low if ratio else None,
         "ratio_high": ratio.high if ratio else None,
+        "cpu_ratio": cpu_ratio.median if cpu_ratio else None,
         "wall_s": median("wall_s"),
+        "cpu_s": median("cpu_s"),
         "ttft_s": median("ttft_s"),
         "kv_bytes": median("kv_bytes"),
         "retrievals": median("retrievals"),
@@ -118,13 +124,25 @@ def summary(runs: list[dict], base: list[dict] | None, chunks: float) -> dict[st
 
 
 def show(rows: list[dict], batch: int, threads: int) -> None:
-    columns = ("arm", "tokens/s", "ratio", "quartiles", "total", "first", "KV each", "loaded/chunk", "load")
+    columns = (
+        "arm",
+        "tokens/s",
+        "ratio",
+        "quartiles",
+        "CPU ratio",
+        "total",
+        "first",
+        "KV each",
+        "loaded/chunk",
+        "load",
+    )
     lines = [
         (
             r["arm"],
             f"{r['tokens_per_s']:.1f}",
             f"{r['ratio']:.3f}" if r["ratio"] else "",
             f"{r['ratio_low']:.3f}-{r['ratio_high']:.3f}" if r["ratio"] else "",
+            f"{r['cpu_ratio']:.3f}" if r["cpu_ratio"] else "",
             f"{r['wall_s']:.3f} s",
             f"{r['ttft_s'] * 1000:.0f} ms",
             mebibytes(r["kv_bytes"]),

@@ -47,7 +47,7 @@ def test_interleave():
 
 def made_up_run(wall, loaded=0, **times):
     return {
-        "new_tokens": 128, "wall_s": wall, "ttft_s": wall / 4, "kv_bytes": 1000, "retrievals": 3, "load": 0.5,
+        "new_tokens": 128, "wall_s": wall, "cpu_s": wall, "ttft_s": wall / 4, "kv_bytes": 1000, "retrievals": 3, "load": 0.5,
         "bytes_loaded": loaded, "times": times,
     }  # fmt: skip
 
@@ -58,6 +58,7 @@ def test_summary_of_an_arm():
     row = engine.summary(runs, base, chunks=4)
     assert row["tokens_per_s"] == 128 / 2.5 and row["wall_s"] == 2.5 and row["ttft_s"] == 2.5 / 4
     assert row["ratio"] == 0.8, "the median of 0.5, 0.8 and 1.0; not the ratio of the medians"
+    assert row["cpu_ratio"] == 0.8 and row["cpu_s"] == 2.5
     assert row["bytes_per_chunk"] == 100 and row["runs"] == 3
     assert row["stages"] == {"decode": 1.5, "load": 0.0}
     assert engine.summary(runs, None, chunks=4)["ratio"] is None
