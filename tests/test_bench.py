@@ -47,8 +47,8 @@ def test_interleave():
 
 def made_up_run(wall, loaded=0, **times):
     return {
-        "new_tokens": 128, "wall_s": wall, "cpu_s": wall, "ttft_s": wall / 4, "kv_bytes": 1000, "retrievals": 3, "load": 0.5,
-        "bytes_loaded": loaded, "times": times,
+        "new_tokens": 128, "wall_s": wall, "cpu_s": wall, "ttft_s": wall / 4, "kv_bytes": 1000, "retrievals": 3,
+        "bytes_loaded": loaded, "load": 0.5, "times": times,
     }  # fmt: skip
 
 
