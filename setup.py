@@ -1,4 +1,4 @@
-"""Metadata stands in pyproject.toml; this file only hands the native build to _build/native.py (torch is not imported)."""
+"""Metadata stands in pyproject.toml; this file hands the native build to _build/native.py. torch is not imported."""
 
 import sys
 from pathlib import Path

@@ -54,8 +54,8 @@ class Ninja:
             out,
             [
                 "ninja_required_version = 1.5",
-                f"rule cc\n  command = {cxx} -MMD -MF $out.d $flags -c $in -o $out\n  depfile = $out.d\n  deps = gcc",
-                f"rule link\n  command = {cxx} -shared $in $flags -o $out",
+                f"rule cc\n  command = {cxx} -MMD -MF $out.d $flags -c $in -o $out\n  description = compile $out\n  depfile = $out.d\n  deps = gcc",
+                f"rule link\n  command = {cxx} -shared $in $flags -o $out\n  description = link $out",
             ],
         )
         self.products: list[Path] = []
@@ -118,13 +118,9 @@ def build(package_dir: Path, work_dir: Path, list_commands: bool = False) -> lis
         "-Wl,-soname,libm3_cpu.so", f"-Wl,--version-script={CSRC}/exports.map", "-static-libstdc++", "-static-libgcc",
         "-Wl,-z,defs"])  # fmt: skip
 
-    stable = [
-        *common,
-        "-isystem",
-        f"{torch_dir}/include",
-        f"-DTORCH_TARGET_VERSION={TORCH_FLOOR}",
-        "-DTORCH_STABLE_ONLY",
-    ]
+    binding = [*common, "-O1"]  # bindings only move pointers; their headers are what takes time
+    stable = [*binding, "-isystem", f"{torch_dir}/include", f"-DTORCH_TARGET_VERSION={TORCH_FLOOR}",
+              "-DTORCH_STABLE_ONLY"]  # fmt: skip
     objects = [ninja.compile(source, stable) for source in sorted((CSRC / "torch").glob("*.cpp"))]
     here = "-Wl,-rpath,'$$ORIGIN'"
     ninja.link(lib_dir / "libm3_torch.so", objects, [
@@ -135,7 +131,7 @@ def build(package_dir: Path, work_dir: Path, list_commands: bool = False) -> lis
     if sources:
         import pybind11
 
-        flags = [*common, "-isystem", pybind11.get_include(), "-isystem", sysconfig.get_paths()["include"]]
+        flags = [*binding, "-isystem", pybind11.get_include(), "-isystem", sysconfig.get_paths()["include"]]
         objects = [ninja.compile(source, flags) for source in sources]
         name = "_numpy" + sysconfig.get_config_var("EXT_SUFFIX")
         ninja.link(package_dir.resolve() / name, objects, [f"-L{lib_dir}", "-lm3_cpu", "-Wl,-rpath,'$$ORIGIN/lib'"],

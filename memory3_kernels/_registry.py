@@ -27,7 +27,6 @@ class Case:
     id: str
     make: Callable[[torch.dtype, torch.Generator], tuple[tuple, dict]]
     grad: tuple[int, ...] = ()  # positions of the arguments that get gradients in the gradient tests
-    poison: tuple[int, ...] = ()  # positions whose NaN entries are padding the op must not read
     slow: bool = False
     bench: bool = False  # part of the benchmark suites
 
