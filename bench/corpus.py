@@ -10,6 +10,8 @@ from pathlib import Path
 from memory3 import Bank, data
 from memory3.model.load import MemoryModel
 
+APART = 32  # windows of the corpus from one prompt to the next
+
 
 def default_folder(references: int, model: MemoryModel) -> Path:
     """In the user's cache folder; another model or memory configuration has another bank."""
@@ -28,9 +30,14 @@ def windows(model: MemoryModel, tokens: int) -> Iterator[list[int]]:
 
 
 def prompts(model: MemoryModel, count: int, tokens: int, after: int) -> list[list[int]]:
-    """Prompts from behind the first `after` references of the corpus: text the bank does not hold."""
+    """Prompts from behind the first `after` references of the corpus (text the bank does not hold), far apart: the
+    requests of a batch have little to do with each other.
+    """
     skip = -(-after * model.memory.span // tokens)
-    return list(islice(windows(model, tokens), skip, skip + count))
+    found = list(islice(windows(model, tokens), skip, skip + count * APART, APART))
+    if len(found) < count:
+        raise ValueError(f"after: the corpus ends before {count} prompts of {tokens} tokens behind {after} references")
+    return found
 
 
 def open_bank(folder: Path, model: MemoryModel, embedder, references: int, progress=None) -> Bank:
