@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from memory3.session import cut
+from memory3.chunks import cut
 
 from .common import TOKENIZER, prompt
 
