@@ -132,6 +132,7 @@ class Engine:
         collect_mass: bool = False,
         on_text: Callable[[int, str], None] | None = None,
         ignore_eos: bool = False,
+        score: Sequence[str] = (),
     ) -> Generation | list[Generation]:
         """Continues one prompt or a batch of them.
 
@@ -144,6 +145,8 @@ class Engine:
             collect_mass: also report how much attention each memory got (slows decoding a little).
             on_text: called as `on_text(sequence, piece)` with every piece of text as it is generated.
             ignore_eos: go on after the end token (for timing runs of fixed length).
+            score: one text per prompt whose loss after it is reported too (`Generation.loss`), as `score` would; the
+                prompt is read only once for both. Not counted in the times.
 
         Returns:
             A Generation for a single text, else one per prompt, in order.
@@ -156,8 +159,11 @@ class Engine:
         ids = [self._encode(p) for p in ([prompts] if single else prompts)]
         if not ids:
             raise ValueError("prompts: expected at least one, got none")
+        if score and len(score) != len(ids):
+            raise ValueError(f"score: expected one text per prompt, {len(ids)}, got {len(score)}")
+        targets = [self._encode(a, "score") for a in score]
         options = Options(max_new_tokens, sampling or Sampling(), stop, on_text, ignore_eos)
-        results = self._run(ids, options, overflow, collect_mass)
+        results = self._run(ids, options, overflow, collect_mass, targets)
         return results[0] if single else results
 
     def stream(self, prompt: str | Sequence[int], **options) -> Iterator[str]:
@@ -218,7 +224,14 @@ class Engine:
             yield session, logits
 
     @torch.inference_mode()
-    def _run(self, ids: list[list[int]], options: Options, overflow: str, collect_mass: bool) -> list[Generation]:
+    def _run(self, ids, options: Options, overflow: str, collect_mass: bool, targets) -> list[Generation]:
         begin = time.perf_counter()
-        with self._session(ids, options.max_new_tokens, overflow, collect_mass) as (session, logits):
-            return write_on(session, logits, [len(p) for p in ids], begin, options)
+        room = max([options.max_new_tokens, *map(len, targets)])
+        with self._session(ids, room, overflow, collect_mass) as (session, logits):
+            fed = time.perf_counter()
+            scores = session.score(targets, logits) if targets else []
+            begin += time.perf_counter() - fed
+            results = write_on(session, logits, [len(p) for p in ids], begin, options)
+        for result, found in zip(results, scores, strict=False):
+            result.loss = -float(found.mean())
+        return results

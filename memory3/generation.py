@@ -75,7 +75,10 @@ class Stats:
 
 @dataclass
 class Generation:
-    """One sequence's answer. finish: "stop" (end token or stop text), "length", or "context" (no room left)."""
+    """One sequence's answer. finish: "stop" (end token or stop text), "length", or "context" (no room left).
+
+    loss: nats per token of the text that was to be scored, if one was given.
+    """
 
     text: str
     token_ids: list[int]
@@ -83,6 +86,7 @@ class Generation:
     finish: str
     reads: list[ChunkRead]
     stats: Stats
+    loss: float | None = None
 
     def to_dict(self) -> dict:
         """For JSON: record ids as hex."""
@@ -93,4 +97,5 @@ class Generation:
             "finish": self.finish,
             "reads": [read.to_dict() for read in self.reads],
             "stats": self.stats.to_dict(),
+            "loss": self.loss,
         }

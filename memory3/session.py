@@ -192,16 +192,19 @@ class Session:
         """Log-probabilities of each answer's tokens, read with the memories of the prompt's last chunk.
 
         Args:
-            answers: token ids per sequence, at least one each; they are appended to the cache.
+            answers: token ids per sequence, at least one each; forgotten again (unless the cache had to slide).
             logits: what `feed` returned: they predict each first token.
         """
         rows = [list(a) for a in answers]
+        before = list(self.cache.lengths)
         after = self._prefill(rows, self._operands([t.slots for t in self._rows], map(len, rows)), every_row=True)
         scores, begin = [], 0
         for b, row in enumerate(rows):
             predicting = torch.cat([logits[b : b + 1], after[begin : begin + len(row) - 1]])
             scores.append(predicting.log_softmax(-1).gather(1, torch.tensor(row)[:, None]).squeeze(1))
             begin += len(row)
+        if self.cache.lengths == [n + len(row) for n, row in zip(before, rows, strict=True)]:
+            self.cache.lengths = before
         return scores
 
     # ---- generated tokens ------------------------------------------------------------------------------------------

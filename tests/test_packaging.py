@@ -16,12 +16,25 @@ ROOT = Path(__file__).parent.parent
 
 @pytest.mark.slow
 def test_wheel(tmp_path):
-    build = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-index", "--no-build-isolation", "-w", tmp_path, ROOT]
+    build = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--no-deps",
+        "--no-index",
+        "--no-build-isolation",
+        "-w",
+        tmp_path,
+        ROOT,
+    ]
     env = {**os.environ, "TMPDIR": str(tmp_path)}
     done = subprocess.run(build, capture_output=True, text=True, timeout=600, env=env, cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     (wheel,) = tmp_path.glob("memory3-*.whl")
-    assert f"cp{sys.version_info.major}{sys.version_info.minor}-" in wheel.name, "the numpy module is per Python version"
+    assert f"cp{sys.version_info.major}{sys.version_info.minor}-" in wheel.name, (
+        "the numpy module is per Python version"
+    )
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
         archive.extractall(tmp_path / "site")
@@ -31,7 +44,9 @@ def test_wheel(tmp_path):
     # Away from the tree, with nothing but the unpacked wheel on the path.
     env = {**os.environ, "PYTHONPATH": str(tmp_path / "site")}
     code = "import memory3_kernels as m, json; from memory3_kernels import doctor; r = doctor.examine(); print(json.dumps([m.__file__, r['native']['reason']]))"  # noqa: E501
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, cwd=tmp_path, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=env, cwd=tmp_path, timeout=120
+    )
     assert done.returncode == 0, done.stderr
     file, reason = json.loads(done.stdout)
     assert file.startswith(str(tmp_path)) and reason is None

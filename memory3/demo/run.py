@@ -19,12 +19,14 @@ from ..bank.corpus import Encode, pack, pack_all
 from ..data import Entry
 from ..embed import Embedder
 from ..engine import Engine
+from ..generation import Generation
 from ..model.load import load_model
 from .questions import Question, draw, is_hit
 
 MODES = ("none", "memory", "rag")
 TITLES = {"none": "no memory", "memory": "explicit memory", "rag": "RAG (text in the prompt)"}
 ANSWER_TOKENS = 32
+BATCH = 8
 TIMED_TOKENS = 64
 
 
@@ -64,18 +66,20 @@ def batches(items: Sequence, size: int):
         yield items[i : i + size]
 
 
-def ask(engine: Engine, questions: Sequence[Question], gold: Sequence[bytes], batch: int, tick: Callable[[], None]):
-    """Answers and losses of all questions in one mode; `found` is the share whose gold reference was retrieved."""
-    answers, losses = [], []
-    for part in batches(questions, batch):
-        prompts = [q.prompt for q in part]
+def ask(engine: Engine, questions: Sequence[Question], tick: Callable[[], None]) -> list[Generation]:
+    """Answers to all questions in one mode, each with the loss of the right answer."""
+    answers: list[Generation] = []
+    for part in batches(questions, BATCH):
         answers += engine.generate(
-            prompts, max_new_tokens=ANSWER_TOKENS, stop=("\n",), collect_mass=engine.reads_memory
+            [q.prompt for q in part],
+            max_new_tokens=ANSWER_TOKENS,
+            stop="\n",
+            collect_mass=engine.reads_memory,
+            score=[" " + q.answer for q in part],
         )
-        losses += engine.score(prompts, [" " + q.answer for q in part])
         for _ in part:
             tick()
-    return answers, losses
+    return answers
 
 
 def time_modes(engines: dict[str, Engine], questions: Sequence[Question], rounds: int) -> dict[str, tuple]:
@@ -111,10 +115,10 @@ def run(folder: Path, references: int, count: int, seed: int, threads: int, ui) 
     results = {}
     with ui.asking(len(questions) * len(MODES)) as tick:
         for mode, engine in engines.items():
-            results[mode] = ask(engine, questions, gold, 8, tick)
+            results[mode] = ask(engine, questions, tick)
     with ui.status(f"timing {TIMED_TOKENS} tokens, batch 1, modes interleaved"):
         speed = time_modes(engines, questions, 5)
-    rows = [summary(mode, engines[mode], questions, gold, *results[mode], *speed[mode]) for mode in MODES]
+    rows = [summary(mode, questions, gold, results[mode], *speed[mode]) for mode in MODES]
     report = {
         "references": len(bank),
         "questions": len(questions),
@@ -128,12 +132,12 @@ def run(folder: Path, references: int, count: int, seed: int, threads: int, ui) 
                 "stem": q.stem,
                 "answer": q.answer,
                 "gold": gold[i].hex(),
-                **{mode: results[mode][0][i].text for mode in MODES},
-                "loss": {mode: results[mode][1][i] for mode in MODES},
+                **{mode: results[mode][i].text for mode in MODES},
+                "loss": {mode: results[mode][i].loss for mode in MODES},
                 "read": [
                     {"id": record.hex(), "mass": read.mass[j] if read.mass else None, "similarity": read.scores[j],
                      "text": bank.text(record)}
-                    for read in results["memory"][0][i].reads[:1]
+                    for read in results["memory"][i].reads[:1]
                     for j, record in enumerate(read.ids)
                 ],
             }
@@ -145,25 +149,27 @@ def run(folder: Path, references: int, count: int, seed: int, threads: int, ui) 
     return report
 
 
-def summary(mode, engine, questions, gold, answers, losses, ttft_s, tokens_per_s) -> Row:
+def summary(mode, questions, gold, answers: list[Generation], ttft_s: float, tokens_per_s: float) -> Row:
     """Means over the questions; `found` only where memories were read."""
-    by_kind = {k: [x for x, q in zip(losses, questions, strict=True) if q.kind == k] for k in ("fact", "sentence")}
+
+    def loss(*kinds: str) -> float:
+        return statistics.mean(a.loss for a, q in zip(answers, questions, strict=True) if q.kind in kinds)
+
     found = None
     if mode == "memory":
         found = statistics.mean(
             any(g in read.ids for read in a.reads if read.where == "prompt") for a, g in zip(answers, gold, strict=True)
         )
     stats = [a.stats for a in answers]
-    record = engine.arena.kv[0].nbytes if engine.reads_memory else 0
     return Row(
         mode=mode,
         hits=statistics.mean(is_hit(q, a.text) for q, a in zip(questions, answers, strict=True)),
-        loss=statistics.mean(losses),
-        loss_fact=statistics.mean(by_kind["fact"]),
-        loss_sentence=statistics.mean(by_kind["sentence"]),
+        loss=loss("fact", "sentence"),
+        loss_fact=loss("fact"),
+        loss_sentence=loss("sentence"),
         found=found,
         ttft_s=ttft_s,
         tokens_per_s=tokens_per_s,
         kv_bytes=round(statistics.mean(s.kv_bytes for s in stats)),
-        bytes_per_chunk=record * engine.refs,
+        bytes_per_chunk=round(statistics.mean(s.bytes_loaded / max(1, s.retrievals) for s in stats)),
     )

@@ -200,6 +200,20 @@ def test_score_equals_a_loss_worked_out_step_by_step(engine, spy, model):
             assert loss == pytest.approx(total / len(answer), rel=1e-4)
 
 
+def test_scoring_beside_generating_changes_neither(engine):
+    ids, answers = [prompt(90, "q"), prompt(10, "r")], [prompt(7, "a"), prompt(3, "b")]
+    for mode in ("memory", "none", "rag"):
+        made = engine(mode=mode)
+        plain = made.generate(ids, max_new_tokens=6, ignore_eos=True)
+        both = made.generate(ids, max_new_tokens=6, ignore_eos=True, score=answers)
+        assert [g.token_ids for g in both] == [g.token_ids for g in plain]
+        assert [g.loss for g in both] == pytest.approx(made.score(ids, answers), rel=1e-5)
+        assert [g.loss for g in plain] == [None, None]
+        assert both[0].stats.kv_bytes == plain[0].stats.kv_bytes
+    with pytest.raises(ValueError, match="score: expected one text per prompt, 2, got 1"):
+        made.generate(ids, score=answers[:1])
+
+
 def test_score_refuses(engine):
     made = engine()
     with pytest.raises(ValueError, match="answers: expected one per prompt"):
