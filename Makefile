@@ -21,7 +21,7 @@ help:
 	@echo "make test    the whole test suite, no GPU needed"
 	@echo "make lint    ruff (format and rules)"
 	@echo "make build   recompile the native libraries after an edit in csrc/"
-	@echo "make bench   decoding speed with and without memory"
+	@echo "make bench   ops, and decoding speed with and without memory"
 	@echo "make clean   remove .venv, build outputs and the demo's bank"
 
 setup: $(VENV)/.installed
@@ -54,6 +54,7 @@ lint: setup
 	$(PY) -m ruff format --check .
 
 bench: setup data
+	$(PY) -m bench ops
 	$(PY) -m bench engine
 
 clean:

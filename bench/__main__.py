@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 import sys
 
-from . import engine
+from . import engine, ops
 
-SUITES = {"engine": engine}
+SUITES = {"engine": engine, "ops": ops}
 
 
 def parser() -> argparse.ArgumentParser:

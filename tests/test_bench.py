@@ -2,8 +2,10 @@
 
 import json
 import statistics
+from dataclasses import replace
 
 import pytest
+import torch
 from engine.common import HashEmbedder, make_bank, make_model, prompt
 from hypothesis import given
 from hypothesis import strategies as st
@@ -11,6 +13,7 @@ from hypothesis import strategies as st
 from bench import __main__ as command
 from bench import engine, environment, report
 from bench.timing import Summary, interleave, quantile, ratios
+from memory3_kernels._registry import OPS
 
 
 @given(st.lists(st.floats(-1e6, 1e6), min_size=2, max_size=30))
@@ -104,3 +107,24 @@ def test_whole_suite_on_a_tiny_model(tmp_path):
     assert by["warm"]["bytes_loaded"] == 0 < by["cold"]["bytes_loaded"]
     assert by["cold"]["bytes_per_chunk"] == by["cold"]["bytes_loaded"] / 4
     assert by["warm"]["kv_bytes"] > by["none"]["kv_bytes"] and by["rag"]["kv_bytes"] > by["warm"]["kv_bytes"]
+
+
+def test_ops_refuses_to_time_a_wrong_kernel(monkeypatch):
+    """Off by more than the tolerance (here: one that float32 cannot meet), and there is no number."""
+    from bench import ops
+
+    op = OPS["merge_attention_states"]
+    case = next(c for c in op.cases() if c.bench)
+    monkeypatch.setattr(ops, "timer", lambda *_: pytest.fail("timed before the gate"))
+    with pytest.raises(AssertionError, match="on reference, output 0"):
+        ops.measure(replace(op, tolerance={torch.float32: 1e-12}), case, torch.float32, 1)
+
+
+def test_ops_rows(monkeypatch):
+    from bench import ops
+
+    op = OPS["merge_attention_states"]
+    rows = ops.measure(op, next(c for c in op.cases() if c.bench), torch.float32, 2)
+    assert rows[0]["backend"] == "reference" and rows[0]["ratio"] == 1
+    assert all(r["bytes"] > 0 and r["gb_per_s"] == pytest.approx(r["bytes"] / r["ms"] / 1e6) for r in rows)
+    json.dumps(rows)
