@@ -15,13 +15,15 @@ def describe() -> dict[str, Any]:
     """Versions, processor, native kernels; plain JSON types."""
     from memory3_kernels import doctor
 
+    native = doctor.examine()["native"]
+    native["libraries"] = sorted(native.get("libraries") or ())  # names; where they lie is nobody's business
     return {
         "cpu": cpu_name(),
         "cores": os.cpu_count(),
         "python": platform.python_version(),
         "system": platform.platform(),
         "packages": {name: version(name) for name in PACKAGES},
-        "native": doctor.examine()["native"],
+        "native": native,
         "settings": {name: os.environ[name] for name in ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "M3_SIMD", "M3_BACKEND")
                      if name in os.environ},
     }  # fmt: skip
