@@ -124,7 +124,8 @@ def add_packed(
 
 def ensure(bank: Bank, ids: Sequence[bytes], encode: Encode) -> int:
     """See Bank.ensure."""
-    cold = [i for i in dict.fromkeys(bank.cold(ids)) if i not in bank.unsaved]
+    wanted = list(dict.fromkeys(bank.cold(ids)))
+    cold = [i for i in wanted if i not in bank.unsaved]
     step = max(1, BATCH_BYTES // bank.layout.record_bytes)
     for start in range(0, len(cold), step):
         references = [bank.reference(i) for i in cold[start : start + step]]
@@ -136,7 +137,10 @@ def ensure(bank: Bank, ids: Sequence[bytes], encode: Encode) -> int:
             _store_records(bank, references, packed, any(m.bias is not None for m in memories))
         else:
             bank.unsaved.update(zip((r.id for r in references), packed, strict=True))
-    while len(bank.unsaved) > max(KEEP_UNSAVED, len(cold)):
+    for i in wanted:  # what this call asked for is the last to go
+        if i in bank.unsaved:
+            bank.unsaved.move_to_end(i)
+    while len(bank.unsaved) > max(KEEP_UNSAVED, len(wanted)):
         bank.unsaved.popitem(last=False)
     return len(cold)
 

@@ -228,6 +228,19 @@ def test_cold_start_of_a_read_only_bank_stays_in_ram(bank):
         assert reader.cold(ids) == ids and bank.stats()["records"] == 0
 
 
+def test_a_read_only_bank_keeps_what_the_last_call_asked_for(bank):
+    """More cold references than are held in RAM: an old one that is asked for again must not go to make room."""
+    names = [f"cold {i}" for i in range(80)]
+    ids = bank.add_cold(names, [[i + 1] for i in range(80)], EMBED(names))
+    with Bank.open(bank.path) as reader:
+        for i in range(64):
+            reader.ensure([ids[i]], encode)
+        asked = [ids[0], ids[70], ids[71]]
+        assert reader.ensure(asked, encode) == 2
+        assert [m.token_ids for m in reader.get(asked)] == [[1], [71], [72]]
+        assert reader.ensure(ids, encode) > 0 and len(reader.get(ids)) == 80
+
+
 def test_a_cold_reference_can_be_added_warm(bank):
     ids = bank.add_cold(["w"], [[1, 2]], EMBED(["w"]))
     assert bank.add([memory_of([1, 2], "w")], EMBED(["w"])) == ids
