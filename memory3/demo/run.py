@@ -134,6 +134,7 @@ def run(folder: Path, references: int, count: int, seed: int, threads: int, ui) 
                 "gold": gold[i].hex(),
                 **{mode: results[mode][i].text for mode in MODES},
                 "loss": {mode: results[mode][i].loss for mode in MODES},
+                "hit": {mode: is_hit(q, results[mode][i].text) for mode in MODES},
                 "read": [
                     {"id": record.hex(), "mass": read.mass[j] if read.mass else None, "similarity": read.scores[j],
                      "text": bank.text(record)}

@@ -41,7 +41,7 @@ class Screen:
         self.console.print(f"bank of {count} references ({how})")
 
     def show(self, report: dict) -> None:
-        for entry in report["answers"][: self._answers]:
+        for entry in chosen(report["answers"], self._answers):
             self.console.print(self._side_by_side(entry))
         self.console.print(self._table(report))
         self.console.print(self._verdict(report), soft_wrap=True)
@@ -50,7 +50,8 @@ class Screen:
         table = Table(show_header=False, box=None, padding=(0, 1))
         table.add_row("[bold]in the bank[/bold]", f"[bold]{entry['stem']} … {entry['answer']}[/bold]")
         for mode in MODES:
-            table.add_row(TITLES[mode], "… " + clip(entry[mode], 160), f"loss {entry['loss'][mode]:.2f}")
+            hit = "[green]hit[/green]" if entry["hit"][mode] else "miss"
+            table.add_row(TITLES[mode], "… " + clip(entry[mode], 160), f"{hit}, loss {entry['loss'][mode]:.2f}")
         for read in entry["read"]:
             mark = "*" if read["id"] == entry["gold"] else " "
             mass = "" if read["mass"] is None else f"mass {read['mass']:.1%}"
@@ -89,3 +90,10 @@ class Screen:
             f"({rag['loss']:.2f}); in correct answers text still {text} "
             f"({rag['hits']:.0%} against {memory['hits']:.0%}). Weights adapted to reading are what closes the gap."
         )
+
+
+def chosen(entries: list[dict], count: int) -> list[dict]:
+    """Entries to show, in the order they were asked: half of them answered by memory and not without, half others."""
+    helped = [e for e in entries if e["hit"]["memory"] and not e["hit"]["none"]][: (count + 1) // 2]
+    others = [e for e in entries if e not in helped][: count - len(helped)]
+    return [e for e in entries if e in helped or e in others]

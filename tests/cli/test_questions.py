@@ -3,6 +3,7 @@
 import pytest
 
 from memory3.demo.questions import Question, draw, fact_question, is_hit, sentence_question
+from memory3.demo.screen import chosen
 
 
 def test_fact_questions():
@@ -39,3 +40,9 @@ def test_hits():
     assert is_hit(fact, " suva, on Viti Levu") and not is_hit(fact, " Nadi")
     text = Question("sentence", "What is Ufa?", "Ufa is", "the capital and largest city of Bashkortostan.", 0)
     assert is_hit(text, " a city, the largest one") and not is_hit(text, " Ufa is Ufa in the capital")
+
+
+def test_the_answers_shown_are_half_helped_half_not():
+    entries = [{"n": i, "hit": {"none": i == 0, "memory": i in (0, 3, 5, 6), "rag": True}} for i in range(8)]
+    assert [e["n"] for e in chosen(entries, 4)] == [0, 1, 3, 5]
+    assert [e["n"] for e in chosen(entries[:3], 4)] == [0, 1, 2]
