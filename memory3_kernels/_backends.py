@@ -56,7 +56,10 @@ def _parse(spec: str) -> dict[str, str]:
     return forced
 
 
-_forced.update(_parse(os.environ.get("M3_BACKEND", "")))
+try:
+    _forced.update(_parse(os.environ.get("M3_BACKEND", "")))
+except ValueError as error:  # importing never fails: the first call says it
+    _forced["*"] = f"M3_BACKEND: {error}"
 
 
 @contextmanager
@@ -90,6 +93,8 @@ def choose(op, args: tuple) -> str:
     """
     wanted = forced(op.name)
     if wanted is not None:
+        if wanted not in BACKENDS:
+            raise RuntimeError(wanted)
         reason = BACKENDS[wanted].refuses(op, args)
         if reason:
             raise RuntimeError(f"{op.name}: the forced backend {wanted!r} cannot serve this call: {reason}")

@@ -181,3 +181,16 @@ def test_a_missing_library_has_a_reason(monkeypatch, tmp_path):
     assert _load.simd_level() is None and _load.available_simd_levels() == []
     with pytest.raises(RuntimeError, match="there is no native library"):
         _load.set_simd_level("none")
+
+
+def test_a_wrong_M3_BACKEND_is_said_at_the_first_call_not_at_import():
+    code = "import torch, memory3_kernels as m; print('imported'); z = torch.zeros; m.merge_attention_states(z(1,1,8), z(1,1), z(1,1,8), z(1,1))"  # noqa: E501
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | {"M3_BACKEND": "fastest"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.stdout == "imported\n" and done.returncode == 1
+    assert "M3_BACKEND: backend: expected one of native, reference, got 'fastest'" in done.stderr
