@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ..config import PRESETS, MemoryConfig, ModelConfig
 from ..identity import Identity
 from ..memory import Memory, MemoryRead, stack_memories
+from ..sampling import Sampling, sample
 from ..write import write_memories
 from .cache import ContextFull, KVCache, Prefix
 from .gguf import GGUFCheckpoint
@@ -292,10 +293,11 @@ class MemoryModel:
             if read is not None:
                 read.cu_chunk = cu
             logits = self.net.prefill(piece, cu, cache, read)
-        generator = torch.Generator().manual_seed(seed) if seed is not None else None
+        sampling = Sampling(temperature, seed=seed)
+        generators = sampling.generators(1)
         new: list[int] = []
         while len(new) < max_new_tokens:
-            token = _sample(logits[0], temperature, generator)
+            token = int(sample(logits.cpu(), sampling, generators))
             if token in self.tokenizer.eos_ids:
                 break
             new.append(token)
@@ -304,9 +306,3 @@ class MemoryModel:
             if len(new) < max_new_tokens:
                 logits = self.net.decode(torch.tensor([token], device=device), cache, read)
         return self.tokenizer.decode(new)
-
-
-def _sample(logits: Tensor, temperature: float, generator: torch.Generator | None) -> int:
-    if temperature == 0:
-        return int(logits.argmax())
-    return int(torch.multinomial((logits / temperature).softmax(-1).cpu(), 1, generator=generator))

@@ -86,10 +86,6 @@ class Tokenizer:
         """Text of token ids; bytes that are no valid UTF-8 become U+FFFD."""
         return self._raw.decode([int(i) for i in ids], skip_special_tokens=skip_special)
 
-    def token_id(self, token: str) -> int | None:
-        """Id of one token by its text in the vocabulary, None if there is none."""
-        return self._raw.token_to_id(token)
-
     @property
     def vocab_size(self) -> int:
         return self._raw.get_vocab_size()

@@ -6,6 +6,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ._checks import expect_dtype, expect_floating, expect_shape, expect_unit_stride
+
 MAX_DIM = 256
 MAX_DECODE_ROWS = 16
 
@@ -15,27 +17,6 @@ def wide_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype is torch.float64 else torch.float32
 
 
-def expect_shape(name: str, tensor: Tensor, *shape: int) -> None:
-    """-1 accepts any size."""
-    good = tensor.dim() == len(shape) and all(w == -1 or n == w for n, w in zip(tensor.shape, shape, strict=True))
-    torch._check(
-        good,
-        lambda: (
-            f"{name}: expected shape [{', '.join('*' if isinstance(n, int) and n < 0 else str(n) for n in shape)}], "
-            f"got {list(tensor.shape)}"
-        ),
-    )
-
-
-def expect_dtype(name: str, tensor: Tensor, dtype: torch.dtype) -> None:
-    torch._check(tensor.dtype == dtype, lambda: f"{name}: expected {dtype}, got {tensor.dtype}")
-
-
-def expect_unit_stride(name: str, tensor: Tensor) -> None:
-    good = tensor.numel() == 0 or tensor.shape[-1] == 1 or tensor.stride(-1) == 1
-    torch._check(good, lambda: f"{name}: expected a last stride of 1, got {tensor.stride(-1)}")
-
-
 def expect_index(name: str, tensor: Tensor, *shape: int) -> None:
     expect_shape(name, tensor, *shape)
     expect_dtype(name, tensor, torch.int32)
@@ -43,10 +24,7 @@ def expect_index(name: str, tensor: Tensor, *shape: int) -> None:
 
 def check_query(q: Tensor) -> None:
     expect_shape("q", q, -1, -1, -1)
-    torch._check(
-        q.dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64),
-        lambda: f"q: expected float32, bfloat16 or float16, got {q.dtype}",
-    )
+    expect_floating("q", q)
     dim = q.shape[2]
     torch._check(
         dim % 8 == 0 and 8 <= dim <= MAX_DIM,

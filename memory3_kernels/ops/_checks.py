@@ -1,4 +1,4 @@
-"""Argument checks shared by the write-side ops; the native binding and launchers raise the same messages.
+"""Argument checks shared by the ops; the native binding and launchers raise the same messages.
 
 Shape and dtype checks run under fake tensors too; value checks read index tensors, so only references call them.
 """
