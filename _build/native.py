@@ -33,6 +33,7 @@ LEVELS = {"none": []}
 if platform.machine() in ("x86_64", "AMD64"):
     LEVELS["avx2"] = ["-mavx2", "-mfma", "-mf16c"]
     LEVELS["avx512"] = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c"]
+    LEVELS["avx512bf16"] = [*LEVELS["avx512"], "-mavx512bf16", "-mavx512vnni"]
 
 
 def jobs() -> int:

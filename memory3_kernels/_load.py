@@ -13,7 +13,7 @@ LIB_DIR = Path(__file__).parent / "lib"
 CPU_LIBRARY = LIB_DIR / "libm3_cpu.so"
 TORCH_LIBRARY = LIB_DIR / "libm3_torch.so"
 
-SIMD_LEVELS = ("none", "avx2", "avx512")
+SIMD_LEVELS = ("none", "avx2", "avx512", "avx512bf16")
 
 _core: ctypes.CDLL | None = None
 _reason: str | None = None
@@ -48,7 +48,7 @@ def native_version() -> str | None:
 
 
 def simd_level() -> str | None:
-    """The SIMD level native kernels run at: "none", "avx2" or "avx512" (None without the native library)."""
+    """The SIMD level native kernels run at: "none", "avx2", "avx512" or "avx512bf16" (None without the native library)."""
     return _core.m3_simd().decode() if _core else None
 
 

@@ -19,7 +19,7 @@ from memory3_kernels._registry import OPS
 from memory3_kernels.testing.compare import as_tuple, assert_close, widen
 
 NATIVE = os.environ.get("M3_NATIVE", "1") != "0"
-LEVELS = ["none", "avx2", "avx512"]
+LEVELS = list(_load.SIMD_LEVELS)
 
 
 def generator(case_id: str) -> torch.Generator:

@@ -51,17 +51,17 @@ def is_level(name: str, level: str) -> bool:
 
 
 def test_disassembly_shows_wide_code_where_it_belongs(disassembly):
-    """The checks below look at something: kernels of all three levels are there, two of them wide."""
-    for level, pattern in (("avx2", r"%ymm\d"), ("avx512", r"%zmm\d")):
+    """The checks below look at something: kernels of all levels are there, all but one of them wide."""
+    for level, pattern in (("avx2", r"%ymm\d"), ("avx512", r"%zmm\d"), ("avx512bf16", "bf16")):
         wide = [n for n, lines in disassembly.items() if is_level(n, level) and re.search(pattern, "\n".join(lines))]
         assert wide, f"no {level} kernel uses {pattern}"
     assert any(is_level(name, "none") for name in disassembly)
 
 
 def test_baseline_code_has_no_wide_instruction(disassembly):
-    """All code but the kernels of namespaces m3::avx2 and m3::avx512: it runs before, or without, the dispatch."""
+    """All code but the kernels of the wide levels' namespaces: it runs before, or without, the dispatch."""
     for name, lines in disassembly.items():
-        if is_level(name, "avx2") or is_level(name, "avx512") or name.startswith("_"):
+        if any(is_level(name, level) for level in _load.SIMD_LEVELS[1:]) or name.startswith("_"):
             continue
         for line in lines:
             assert not WIDE.search(line) and not VEX.match(line), f"{name}: {line}"
@@ -116,6 +116,6 @@ def test_level_is_restored_after_a_block():
     with _load.use_simd_level("none"):
         assert _load.simd_level() == "none"
     assert _load.simd_level() == before
-    with pytest.raises(RuntimeError, match="expected none, avx2 or avx512, got neon"), _load.use_simd_level("neon"):
+    with pytest.raises(RuntimeError, match="expected none, avx2, avx512 or avx512bf16, got neon"), _load.use_simd_level("neon"):
         pass
     assert _load.simd_level() == before

@@ -18,7 +18,7 @@ thread_local char last_error[512] = "";
 std::atomic<int> current_level{-1};  // -1: not chosen yet
 std::atomic<m3_parallel_fn> parallel_hook{nullptr};
 
-constexpr const char* kLevelNames[] = {"none", "avx2", "avx512"};
+constexpr const char* kLevelNames[] = {"none", "avx2", "avx512", "avx512bf16"};
 
 int best_level() {
 #if defined(M3_HAVE_X86_LEVELS)
@@ -26,14 +26,15 @@ int best_level() {
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-  return avx2 ? (avx512 ? 2 : 1) : 0;
+  const bool bf16 = __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni");
+  return avx2 ? (avx512 ? (bf16 ? 3 : 2) : 1) : 0;
 #else
   return 0;
 #endif
 }
 
 int level_by_name(const char* name) {
-  for (int i = 0; i < 3; ++i)
+  for (int i = 0; i < 4; ++i)
     if (std::strcmp(name, kLevelNames[i]) == 0) return i;
   return -1;
 }
@@ -81,7 +82,7 @@ const char* m3_simd(void) { return m3::kLevelNames[static_cast<int>(m3::simd_lev
 
 m3_status m3_set_simd(const char* level) {
   const int wanted = m3::level_by_name(level);
-  if (wanted < 0) return m3::fail(M3_INVALID, "SIMD level: expected none, avx2 or avx512, got %s", level);
+  if (wanted < 0) return m3::fail(M3_INVALID, "SIMD level: expected none, avx2, avx512 or avx512bf16, got %s", level);
   if (wanted > m3::best_level())
     return m3::fail(M3_UNSUPPORTED, "SIMD level %s: this CPU or build only has %s", level,
                     m3::kLevelNames[m3::best_level()]);

@@ -1,5 +1,6 @@
 // Portable SIMD for `*.simd.cpp` files: one kernel source, compiled once per level. A vector holds kLanes floats:
-// 4 at `none` (SSE2 or NEON), 8 at `avx2`, 16 at `avx512`. GCC/Clang vector extensions give + - * / and comparisons;
+// 4 at `none` (SSE2 or NEON), 8 at `avx2`, 16 at `avx512` and
+// `avx512bf16` (which adds dot products of bf16 pairs). GCC/Clang vector extensions give + - * / and comparisons;
 // this header adds what they lack: conversions, reductions, exp.
 //
 // Only <immintrin.h> and plain C headers may be included beside this file in a `*.simd.cpp` (no std templates: a wide
@@ -146,11 +147,16 @@ inline F32 load_half(const T* p) {
 inline void store(float* p, F32 v) { memcpy(p, &v, sizeof v); }
 
 inline void store(BF16* p, F32 v) {
+#if defined(__AVX512BF16__)
+  const __m256bh h16 = _mm512_cvtneps_pbh(reinterpret_cast<__m512>(v));
+  memcpy(p, &h16, sizeof h16);
+#else
   const U32 u = reinterpret_cast<U32>(v);
   const U32 rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
   const U32 nan = reinterpret_cast<U32>(v != v);
   const U16 h = __builtin_convertvector((rounded & ~nan) | (nan & 0x7fc0u), U16);
   memcpy(p, &h, sizeof h);
+#endif
 }
 
 inline void store(F16* p, F32 v) {
@@ -168,6 +174,39 @@ inline void store_half(T* p, F32 v) {
   T whole[kLanes];
   store(whole, v);
   memcpy(p, whole, sizeof(T) * kLanes / 2);
+}
+
+// ---- pairs of bf16 ---------------------------------------------------------------------------------------------------
+// A U32 lane holds two bf16 values, the even one in the low half: what lies in memory as bf16 [2 * kLanes].
+
+inline U32 load_pairs(const void* p) {
+  U32 v;
+  memcpy(&v, p, sizeof v);
+  return v;
+}
+
+inline F32 low(U32 pairs) { return reinterpret_cast<F32>(pairs << 16); }
+inline F32 high(U32 pairs) { return reinterpret_cast<F32>(pairs & 0xffff0000u); }
+
+// Rounds two vectors to bf16, to nearest even: lane i is (even[i], odd[i]).
+inline U32 make_pairs(F32 even, F32 odd) {
+  BF16 e[kLanes], o[kLanes];
+  store(e, even);
+  store(o, odd);
+  U16 a, b;
+  memcpy(&a, e, sizeof a);
+  memcpy(&b, o, sizeof b);
+  return __builtin_convertvector(a, U32) | __builtin_convertvector(b, U32) << 16;
+}
+
+// sum + low(a) low(b) + high(a) high(b), lane by lane, in fp32.
+inline F32 dot_pairs(F32 sum, U32 a, U32 b) {
+#if defined(__AVX512BF16__)
+  return reinterpret_cast<F32>(_mm512_dpbf16_ps(reinterpret_cast<__m512>(sum), reinterpret_cast<__m512bh>(a),
+                                                reinterpret_cast<__m512bh>(b)));
+#else
+  return (sum + low(a) * low(b)) + high(a) * high(b);
+#endif
 }
 
 inline F32 select(I32 mask, F32 yes, F32 no) {
