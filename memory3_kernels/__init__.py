@@ -21,9 +21,11 @@ if _find_spec("torch") is not None:
     from .ops.memory_decode import memory_decode
     from .ops.memory_decode_coded import memory_decode_coded
     from .ops.merge_attention_states import merge_attention_states
+    from .ops.packed_linear import packed_linear
     from .ops.scatter_memory import scatter_memory
     from .ops.select_tokens import select_tokens
     from .ops.vq_dequantize import vq_dequantize
+    from .packed import PackedWeight, pack_blocks, pack_weight, unpack_weight
 else:  # numpy_api and the doctor still work
 
     def __getattr__(name: str):
@@ -36,6 +38,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Book",
+    "PackedWeight",
     "explain",
     "gather_dequantize",
     "gather_memory",
@@ -44,8 +47,12 @@ __all__ = [
     "memory_decode",
     "memory_decode_coded",
     "merge_attention_states",
+    "pack_blocks",
+    "pack_weight",
+    "packed_linear",
     "scatter_memory",
     "select_tokens",
+    "unpack_weight",
     "use_backend",
     "vq_dequantize",
 ]

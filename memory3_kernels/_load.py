@@ -48,7 +48,7 @@ def native_version() -> str | None:
 
 
 def simd_level() -> str | None:
-    """The SIMD level native kernels run at: "none", "avx2", "avx512" or "avx512bf16" (None without the native library)."""
+    """The SIMD level native kernels run at, one of SIMD_LEVELS (None without the native library)."""
     return _core.m3_simd().decode() if _core else None
 
 

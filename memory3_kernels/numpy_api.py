@@ -141,7 +141,10 @@ def pack_record(
 
 
 def simd_level() -> str:
-    """The SIMD level native kernels run at: "none", "avx2", "avx512" or "avx512bf16" (one setting per process, shared with torch)."""
+    """The SIMD level native kernels run at: "none", "avx2", "avx512" or "avx512bf16".
+
+    One setting per process, shared with torch.
+    """
     return _native().simd_level()
 
 

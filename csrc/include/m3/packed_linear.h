@@ -1,0 +1,74 @@
+/* x [count, cols] times a packed weight [rows, cols], transposed: the linear layer of inference.
+ *
+ * A packed weight lies in tiles of 16 rows; a tile is [cols / 32] blocks of 32 columns, followed by their scales
+ * ([cols / 32, 16] float16, or pairs d, m of them). Rows past `rows` are zeros. cols is a multiple of 32.
+ *   bf16  block: [16 column pairs, 16 rows, 2] bf16
+ *   q8_0  block: [16 column pairs, 16 rows, 2] int8; weight = d q
+ *   q4_1  block: [4, 16 rows, 2] uint16; bits 4j.. of word [c, r, p] are column 8c + 2j + p; weight = d q + m
+ * Values of q8_0 and q4_1 are GGUF's, reordered. Tiles start 64 bytes apart or more: m3_packed_tile_bytes.
+ *
+ * Activations are rounded to bf16; products are exact and summed in float32. */
+#ifndef M3_PACKED_LINEAR_H
+#define M3_PACKED_LINEAR_H
+
+#include "m3/api.h"
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#define M3_PACKED_ROWS 16  /* rows of a tile */
+#define M3_PACKED_COLS 32  /* columns of a block */
+
+typedef enum m3_weight_format {
+  M3_WEIGHT_BF16 = 0,
+  M3_WEIGHT_Q8_0 = 1,
+  M3_WEIGHT_Q4_1 = 2,
+} m3_weight_format;
+
+typedef struct M3PackedWeight {
+  const uint8_t* data;
+  int64_t rows, cols;
+  m3_weight_format format;
+} M3PackedWeight;
+
+static inline int64_t m3_packed_tiles(const M3PackedWeight* w) {
+  return (w->rows + M3_PACKED_ROWS - 1) / M3_PACKED_ROWS;
+}
+
+/* Bytes of a block's weights, and of its scales. */
+static inline int64_t m3_packed_block_bytes(m3_weight_format format) {
+  return format == M3_WEIGHT_BF16 ? 1024 : format == M3_WEIGHT_Q8_0 ? 512 : 256;
+}
+static inline int64_t m3_packed_scale_bytes(m3_weight_format format) {
+  return format == M3_WEIGHT_BF16 ? 0 : format == M3_WEIGHT_Q8_0 ? 32 : 64;
+}
+
+/* Distance of two tiles. */
+static inline int64_t m3_packed_tile_bytes(const M3PackedWeight* w) {
+  const int64_t bytes =
+      w->cols / M3_PACKED_COLS * (m3_packed_block_bytes(w->format) + m3_packed_scale_bytes(w->format));
+  return (bytes + 63) / 64 * 64;
+}
+
+typedef struct M3PackedLinearParams {
+  M3PackedWeight weight;
+  const uint16_t* x;  /* bf16 [count, x_stride], 4-byte aligned; x_stride even */
+  int64_t x_stride;
+  const float* sums;  /* [count, cols / 32]: sum of x over each block (m3_pack_activations); only q4_1 reads it */
+  int64_t count;
+  void* out;          /* [count, out_stride] of out_dtype; columns [0, rows) are written */
+  m3_dtype out_dtype;
+  int64_t out_stride;
+} M3PackedLinearParams;
+
+M3_API m3_status m3_packed_linear_cpu(const M3PackedLinearParams* params);
+
+/* x [count, stride] of any element type -> bf16 [count, cols] and, where sums is not null, sums [count, cols / 32]. */
+M3_API m3_status m3_pack_activations_cpu(const void* x, m3_dtype dtype, int64_t stride, int64_t count, int64_t cols,
+                                         uint16_t* out, float* sums);
+
+#ifdef __cplusplus
+}
+#endif
+#endif

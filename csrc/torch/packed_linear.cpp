@@ -1,0 +1,67 @@
+#include "m3/packed_linear.h"
+
+#include <vector>
+
+#include "torch/tensor_args.h"
+
+namespace m3::binding {
+namespace {
+
+m3_weight_format format_by_name(const std::string& name) {
+  if (name == "bf16") return M3_WEIGHT_BF16;
+  if (name == "q8_0") return M3_WEIGHT_Q8_0;
+  STD_TORCH_CHECK(name == "q4_1", "format: expected one of bf16, q8_0, q4_1, got ", name);
+  return M3_WEIGHT_Q4_1;
+}
+
+m3_dtype output_type(ScalarType type) {
+  if (type == ScalarType::Float) return M3_F32;
+  if (type == ScalarType::Half) return M3_F16;
+  STD_TORCH_CHECK(type == ScalarType::BFloat16, "out_dtype: expected float32, bfloat16 or float16, got ",
+                  torch::headeronly::toString(type));
+  return M3_BF16;
+}
+
+Tensor packed_linear(const Tensor& x, const Tensor& weight, std::string format, int64_t rows, ScalarType out_dtype) {
+  M3PackedLinearParams p{};
+  p.weight.format = format_by_name(format);
+  p.out_dtype = output_type(out_dtype);
+  STD_TORCH_CHECK(x.dim() > 0, "x: expected [..., cols], got a number");
+  const m3_dtype type = element_type(x, "x");
+  const int64_t cols = x.size(x.dim() - 1);
+  STD_TORCH_CHECK(cols % M3_PACKED_COLS == 0, "x: expected a multiple of ", M3_PACKED_COLS, " columns, got ", cols);
+  STD_TORCH_CHECK(rows >= 0, "rows: expected 0 or more, got ", rows);
+  p.weight.rows = rows, p.weight.cols = cols;
+  expect_type(weight, "weight", ScalarType::Byte);
+  const int64_t tiles = m3_packed_tiles(&p.weight), bytes = m3_packed_tile_bytes(&p.weight);
+  STD_TORCH_CHECK(weight.dim() == 2 && weight.size(0) == tiles && weight.size(1) == bytes, "weight: expected shape [",
+                  tiles, ", ", bytes, "] for ", rows, " rows of ", cols, " in ", format, ", got ", shape_of(weight));
+  const Tensor packed = torch::stable::contiguous(weight), rows_of_x = torch::stable::contiguous(x);
+  std::vector<int64_t> shape;
+  p.count = 1;
+  for (int64_t d = 0; d + 1 < x.dim(); ++d) shape.push_back(x.size(d)), p.count *= x.size(d);
+  shape.push_back(rows);
+  Tensor out = torch::stable::new_empty(x, shape, out_dtype);
+  p.weight.data = packed.const_data_ptr<uint8_t>();
+  p.out = out.mutable_data_ptr();
+  p.x_stride = cols, p.out_stride = rows;
+  p.x = static_cast<const uint16_t*>(rows_of_x.const_data_ptr());
+  // Rows that are bf16 already are read where they lie; q4_1 needs their sums all the same.
+  const bool round = type != M3_BF16, add = p.weight.format == M3_WEIGHT_Q4_1;
+  Tensor rounded, sums;
+  if (round || add) {
+    rounded = torch::stable::new_empty(x, {p.count, cols}, ScalarType::BFloat16);
+    if (add) sums = torch::stable::new_empty(x, {p.count, cols / M3_PACKED_COLS}, ScalarType::Float);
+    p.sums = add ? sums.mutable_data_ptr<float>() : nullptr;
+    p.x = static_cast<const uint16_t*>(rounded.const_data_ptr());
+    check(m3_pack_activations_cpu(rows_of_x.const_data_ptr(), type, cols, p.count, cols,
+                                  static_cast<uint16_t*>(rounded.mutable_data_ptr()), const_cast<float*>(p.sums)));
+  }
+  check(m3_packed_linear_cpu(&p));
+  return out;
+}
+
+}  // namespace
+}  // namespace m3::binding
+
+M3_REGISTER_CPU(packed_linear, m3::binding::packed_linear)

@@ -1,0 +1,124 @@
+"""packed_linear: the linear layer of inference, on weights packed for it (docs/ops/packed_linear.md).
+
+    out = bf16(x) W^T,   W = q (bf16),  d q (q8_0)  or  d q + m (q4_1), d and m per row and 32 columns
+Activations are rounded to bfloat16; products are exact and summed in float32. Block formats: GGUF (ggml).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .._registry import BadCase, Case, Cost, Op, register
+from ..packed import BLOCK, TILE, PackedWeight, check_format, pack_weight, tile_bytes, unpack_weight
+
+SCHEMA = "(Tensor x, Tensor weight, *, str format, int rows, ScalarType out_dtype) -> Tensor"
+OUT = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def _check(x: Tensor, weight: Tensor, format: str, rows: int, out_dtype: torch.dtype) -> int:
+    check_format(format)
+    torch._check(x.dim() > 0, lambda: "x: expected [..., cols], got a number")
+    cols = x.shape[-1]
+    torch._check(cols % BLOCK == 0, lambda: f"x: expected a multiple of {BLOCK} columns, got {cols}")
+    torch._check(weight.dtype is torch.uint8, lambda: f"weight: expected uint8 (Byte), got {weight.dtype}")
+    torch._check(rows >= 0, lambda: f"rows: expected 0 or more, got {rows}")
+    want = (-(-rows // TILE), tile_bytes(cols, format))
+    torch._check(
+        weight.dim() == 2 and weight.shape[0] == want[0] and weight.shape[1] == want[1],
+        lambda: f"weight: expected shape {list(want)} for {rows} rows of {cols} in {format}, got {list(weight.shape)}",
+    )
+    torch._check(out_dtype in OUT, lambda: f"out_dtype: expected float32, bfloat16 or float16, got {out_dtype}")
+    return cols
+
+
+def fake(x: Tensor, weight: Tensor, *, format: str, rows: int, out_dtype: torch.dtype) -> Tensor:
+    _check(x, weight, format, rows, out_dtype)
+    return x.new_empty((*x.shape[:-1], rows), dtype=out_dtype)
+
+
+def reference(x: Tensor, weight: Tensor, *, format: str, rows: int, out_dtype: torch.dtype) -> Tensor:
+    cols = _check(x, weight, format, rows, out_dtype)
+    wide = torch.float64 if x.dtype is torch.float64 else torch.float32
+    out = x.to(torch.bfloat16).to(wide) @ unpack_weight(weight, rows, cols, format, wide).T
+    return out.to(out_dtype)
+
+
+def _sample(lead: tuple[int, ...], rows: int, cols: int, format: str):
+    def make(dtype: torch.dtype, generator: torch.Generator):
+        x = torch.randn(*lead, cols, generator=generator, dtype=torch.float32).to(dtype)
+        weight = torch.randn(rows, cols, generator=generator, dtype=torch.float32) + 0.25
+        packed = pack_weight(weight, format)
+        return (x, packed.data), {"format": format, "rows": rows, "out_dtype": dtype}
+
+    return make
+
+
+def cases():
+    for format in ("bf16", "q8_0", "q4_1"):
+        yield Case(f"M1_N48_K64-{format}", _sample((1,), 48, 64, format))
+        yield Case(f"M2_N20_K32-tail-{format}", _sample((2,), 20, 32, format))
+        yield Case(f"M3_N33_K96-{format}", _sample((3,), 33, 96, format))
+        yield Case(f"M15_N16_K160-{format}", _sample((3, 5), 16, 160, format))
+        yield Case(f"M17_N49_K1056-panels-{format}", _sample((17,), 49, 1056, format))
+        yield Case(f"M131_N40_K64-{format}", _sample((131,), 40, 64, format))
+        yield Case(f"M0-{format}", _sample((0,), 16, 32, format))
+        for count in (1, 8, 128):
+            yield Case(f"M{count}_N3072_K576-{format}", _sample((count,), 3072, 576, format), slow=True, bench=True)
+    yield Case("vector-q8_0", _sample((), 16, 32, "q8_0"))
+    yield Case("N0", _sample((2,), 0, 32, "bf16"))
+
+
+def bad_cases():
+    def broken(x=None, weight=None, **changes):
+        def make():
+            packed = pack_weight(torch.ones(20, 32), "q8_0")
+            args = (torch.ones(2, 32) if x is None else x, packed.data if weight is None else weight)
+            return args, {"format": "q8_0", "rows": 20, "out_dtype": torch.float32, **changes}
+
+        return make
+
+    yield BadCase("format", broken(format="q5_k"), "format: expected one of bf16, q8_0, q4_1, got q5_k")
+    yield BadCase("cols", broken(torch.ones(2, 33)), "x: expected a multiple of 32 columns, got 33")
+    yield BadCase(
+        "rows", broken(rows=33), r"weight: expected shape \[3, 576\] for 33 rows of 32 in q8_0, got \[2, 576\]"
+    )
+    yield BadCase("other-cols", broken(torch.ones(2, 64)), r"weight: expected shape \[2, 1088\] for 20 rows of 64")
+    yield BadCase("weight-dtype", broken(weight=torch.zeros(2, 576)), "weight: expected .*(uint8|Byte)")
+    yield BadCase("out-dtype", broken(out_dtype=torch.int32), "out_dtype: expected float32, bfloat16 or float16, got")
+
+
+def cost(x: Tensor, weight: Tensor, *, format: str, rows: int, out_dtype: torch.dtype) -> Cost:
+    count = x.numel() // x.shape[-1] if x.shape[-1] else 0
+    return Cost(x.nbytes + weight.nbytes + count * rows * out_dtype.itemsize, 2 * x.numel() * rows)
+
+
+OP = register(
+    Op(
+        name="packed_linear",
+        schema=SCHEMA,
+        reference=reference,
+        fake=fake,
+        cases=cases,
+        bad_cases=bad_cases,
+        cost=cost,
+        tolerance={torch.float32: 1e-5, torch.bfloat16: 4e-3, torch.float16: 5e-4},
+    )
+)
+
+
+def packed_linear(x: Tensor, weight: PackedWeight, out_dtype: torch.dtype | None = None) -> Tensor:
+    """x times a packed weight, transposed; no bias, no gradient (docs/ops/packed_linear.md).
+
+    Args:
+        x: [..., cols], float32, bfloat16 or float16; rounded to bfloat16.
+        weight: of `pack_weight` or `pack_blocks`.
+        out_dtype: of the result; default that of x.
+
+    Returns:
+        [..., rows], contiguous.
+
+    Raises:
+        RuntimeError: shapes or dtypes do not match, or x requires a gradient.
+    """
+    return OP(x, weight.data, format=weight.format, rows=weight.rows, out_dtype=out_dtype or x.dtype)

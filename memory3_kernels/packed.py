@@ -1,0 +1,153 @@
+"""Weights of linear layers, packed for inference: bf16, or GGUF's blocks of 32 values with their scales, reordered.
+
+Layout (csrc/include/m3/packed_linear.h): tiles of 16 rows; a tile holds K / 32 blocks of 32 columns, then their scales.
+The values of q8_0 and q4_1 are those of the GGUF file; nothing is quantised again.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+TILE, BLOCK = 16, 32
+# Bytes of a GGUF block in a row, of a packed block's values per row, float16 scales per row and block.
+FORMATS = {"bf16": (64, 64, 0), "q8_0": (34, 32, 1), "q4_1": (20, 16, 2)}
+
+
+class PackedWeight(NamedTuple):
+    """A weight [rows, cols] for `packed_linear`; made by `pack_weight`, `pack_blocks`.
+
+    Attributes:
+        data: uint8 [ceil(rows / 16), bytes of a tile], contiguous.
+        rows, cols: of the weight; cols is a multiple of 32.
+        format: "bf16", "q8_0" (8.5 bits per weight) or "q4_1" (5 bits).
+    """
+
+    data: Tensor
+    rows: int
+    cols: int
+    format: str
+
+    @property
+    def nbytes(self) -> int:
+        return self.data.nbytes
+
+
+def check_format(format: str) -> None:
+    """Raises RuntimeError for a format that is not in FORMATS."""
+    torch._check(format in FORMATS, lambda: f"format: expected one of {', '.join(FORMATS)}, got {format}")
+
+
+def tile_bytes(cols: int, format: str) -> int:
+    """Bytes of a tile: blocks, scales, and padding to whole cache lines."""
+    _, values, scales = FORMATS[format]
+    return -(-(cols // BLOCK * TILE * (values + 2 * scales)) // 64) * 64
+
+
+def pack_weight(weight: Tensor, format: str = "bf16") -> PackedWeight:
+    """Packs a dense weight [rows, cols] of any floating dtype; q8_0 and q4_1 quantise it by GGUF's rules.
+
+    Raises:
+        RuntimeError: an unknown format, not a matrix, or columns that are not a multiple of 32.
+    """
+    check_format(format)
+    torch._check(weight.dim() == 2, lambda: f"weight: expected [rows, cols], got {list(weight.shape)}")
+    rows, cols = weight.shape
+    torch._check(cols % BLOCK == 0, lambda: f"weight: expected a multiple of {BLOCK} columns, got {cols}")
+    weight = weight.detach()
+    if format == "bf16":
+        return _assemble(_pairs(weight.to(torch.bfloat16)), None, rows, cols, format)
+    blocks = weight.to(torch.float32).reshape(rows, cols // BLOCK, BLOCK)
+    if format == "q8_0":
+        scale = blocks.abs().amax(-1) / 127
+        inverse = torch.where(scale > 0, 1 / scale, 0)
+        values = (blocks * inverse.unsqueeze(-1)).round().to(torch.int8).reshape(rows, cols)
+        return _assemble(_pairs(values), scale.unsqueeze(-1), rows, cols, format)
+    low, high = blocks.amin(-1), blocks.amax(-1)
+    scale = (high - low) / 15
+    inverse = torch.where(scale > 0, 1 / scale, 0)
+    values = ((blocks - low.unsqueeze(-1)) * inverse.unsqueeze(-1) + 0.5).clamp(0, 15).to(torch.uint8)
+    return _assemble(_words(values.reshape(rows, cols)), torch.stack((scale, low), -1), rows, cols, format)
+
+
+def pack_blocks(blocks: Tensor, format: str) -> PackedWeight:
+    """Packs the rows of a GGUF tensor as they lie in the file: uint8 [rows, bytes], "q8_0" or "q4_1".
+
+    Raises:
+        RuntimeError: another format, dtype, or rows that are not whole blocks.
+    """
+    torch._check(format in ("q8_0", "q4_1"), lambda: f"format: expected q8_0 or q4_1, got {format}")
+    width, _, scales = FORMATS[format]
+    torch._check(
+        blocks.dtype is torch.uint8 and blocks.dim() == 2 and blocks.shape[1] % width == 0,
+        lambda: f"blocks: expected uint8 [rows, a multiple of {width}], got {blocks.dtype} {list(blocks.shape)}",
+    )
+    rows, count = blocks.shape[0], blocks.shape[1] // width
+    parts = blocks.reshape(rows, count, width)
+    scale = parts[..., : 2 * scales].contiguous().view(torch.float16)
+    body = parts[..., 2 * scales :]
+    if format == "q8_0":
+        values = _pairs(body.contiguous().view(torch.int8).reshape(rows, count * BLOCK))
+    else:  # byte j: column j in the low half, column j + 16 in the high half
+        values = _words(torch.cat((body & 15, body >> 4), -1).reshape(rows, count * BLOCK))
+    return _assemble(values, scale, rows, count * BLOCK, format)
+
+
+def unpack_weight(data: Tensor, rows: int, cols: int, format: str, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The dense weight [rows, cols] that a packed one stands for. Exact in float32 but for the rounding of d q + m."""
+    _, per_row, scales = FORMATS[format]
+    tiles, blocks = data.shape[0], cols // BLOCK
+    body = data[:, : blocks * TILE * per_row].contiguous()
+    if format == "q4_1":
+        words = body.view(torch.int16).to(torch.int32).view(tiles, blocks, 4, TILE, 2) & 0xFFFF
+        parts = torch.stack([words >> 4 * j & 15 for j in range(4)], -2)  # [tile, block, c, row, j, p]
+        values = parts.permute(0, 3, 1, 2, 4, 5).reshape(tiles * TILE, cols)
+    else:
+        stored = body.view(torch.bfloat16 if format == "bf16" else torch.int8)
+        values = stored.view(tiles, cols // 2, TILE, 2).permute(0, 2, 1, 3).reshape(tiles * TILE, cols)
+    values = values[:rows].to(dtype)
+    if not scales:
+        return values
+    at = blocks * TILE * per_row
+    scale = data[:, at : at + blocks * TILE * 2 * scales].contiguous().view(torch.float16)
+    scale = scale.view(tiles, blocks, scales, TILE).permute(2, 0, 3, 1).reshape(scales, tiles * TILE, blocks, 1)
+    scale = scale[:, :rows].to(dtype)
+    values = values.view(rows, blocks, BLOCK) * scale[0]
+    return (values + scale[1] if scales == 2 else values).view(rows, cols)
+
+
+def _padded(rows: Tensor) -> Tensor:
+    missing = -rows.shape[0] % TILE
+    return torch.cat((rows, rows.new_zeros((missing, *rows.shape[1:])))) if missing else rows
+
+
+def _pairs(values: Tensor) -> Tensor:
+    """[rows, cols] -> uint8 [tiles, bytes]: 16 rows side by side, two columns each."""
+    values = _padded(values)
+    rows, cols = values.shape
+    pairs = values.view(rows // TILE, TILE, cols // 2, 2).transpose(1, 2).contiguous()
+    return pairs.view(rows // TILE, TILE * cols).view(torch.uint8)
+
+
+def _words(values: Tensor) -> Tensor:
+    """uint8 [rows, cols] of 0..15 -> uint8 [tiles, bytes]: word [c, row, p] holds columns 8c + 2j + p in bits 4j."""
+    values = _padded(values)
+    rows, cols = values.shape
+    parts = values.to(torch.int32).view(rows // TILE, TILE, cols // BLOCK, 4, 4, 2)  # [tile, row, block, c, j, p]
+    words = sum(parts[..., j, :] << 4 * j for j in range(4))
+    words = torch.where(words > 0x7FFF, words - 0x10000, words).to(torch.int16)
+    return words.permute(0, 2, 3, 1, 4).contiguous().view(rows // TILE, TILE * cols // 4).view(torch.uint8)
+
+
+def _assemble(values: Tensor, scale: Tensor | None, rows: int, cols: int, format: str) -> PackedWeight:
+    """Blocks [tiles, bytes] and scales [rows, blocks, 1 or 2] -> a packed weight."""
+    tiles = values.shape[0]
+    data = torch.zeros((tiles, tile_bytes(cols, format)), dtype=torch.uint8)
+    data[:, : values.shape[1]] = values
+    if scale is not None and data.numel():
+        packed = _padded(scale.to(torch.float16)).view(tiles, TILE, *scale.shape[1:]).permute(0, 2, 3, 1)
+        packed = packed.contiguous().view(tiles, TILE * scale[0].numel()).view(torch.uint8)
+        data[:, values.shape[1] : values.shape[1] + packed.shape[1]] = packed
+    return PackedWeight(data, rows, cols, format)

@@ -1,0 +1,81 @@
+"""Packed weights against GGUF's own blocks, and against the dense weights they stand for."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from memory3_kernels import pack_blocks, pack_weight, packed_linear, unpack_weight
+
+gguf = pytest.importorskip("gguf")
+TYPES = {"q8_0": gguf.GGMLQuantizationType.Q8_0, "q4_1": gguf.GGMLQuantizationType.Q4_1}
+
+
+def dense(packed) -> torch.Tensor:
+    return unpack_weight(packed.data, packed.rows, packed.cols, packed.format)
+
+
+@pytest.mark.parametrize("format", TYPES)
+@pytest.mark.parametrize("rows", [16, 37])
+def test_gguf_blocks_keep_every_value(format, rows):
+    weight = torch.randn(rows, 96, generator=torch.Generator().manual_seed(rows)).numpy()
+    blocks = gguf.quants.quantize(weight, TYPES[format])
+    packed = pack_blocks(torch.from_numpy(blocks), format)
+    assert torch.equal(dense(packed), torch.from_numpy(gguf.quants.dequantize(blocks, TYPES[format])))
+
+
+@pytest.mark.parametrize("format", TYPES)
+def test_own_quantisation_is_gguf_s(format):
+    """Same rules as the reference implementation; ties and the last bit of a scale may fall differently."""
+    weight = torch.randn(64, 320, generator=torch.Generator().manual_seed(1))
+    theirs = torch.from_numpy(
+        gguf.quants.dequantize(gguf.quants.quantize(weight.numpy(), TYPES[format]), TYPES[format])
+    )
+    ours = dense(pack_weight(weight, format))
+    assert (ours - theirs).norm() / theirs.norm() < 2e-3
+    assert (ours - weight).norm() <= 1.001 * (theirs - weight).norm()
+
+
+def test_bf16_is_exact():
+    weight = torch.randn(33, 64).bfloat16()
+    assert torch.equal(dense(pack_weight(weight)), weight.float())
+
+
+def test_a_row_of_zeros_or_of_one_value_stays():
+    weight = torch.zeros(3, 64)
+    weight[1] = 2.5
+    for format in TYPES:
+        packed = pack_weight(weight, format)
+        assert torch.allclose(dense(packed), weight, rtol=1e-3)
+        assert torch.isfinite(packed_linear(torch.ones(1, 64), packed)).all()
+
+
+def test_sizes_in_bits_per_weight():
+    weight = torch.randn(160, 576)
+    bits = {format: 8 * pack_weight(weight, format).nbytes / weight.numel() for format in ("bf16", "q8_0", "q4_1")}
+    assert bits == {"bf16": 16, "q8_0": 8.5, "q4_1": 5}
+
+
+def test_results_do_not_depend_on_the_batch():
+    """Few rows and many rows take different paths: the same numbers up to the order of float32 sums."""
+    weight = pack_weight(torch.randn(80, 1536, generator=torch.Generator().manual_seed(2)), "q4_1")
+    x = torch.randn(40, 1536, generator=torch.Generator().manual_seed(3))
+    together = packed_linear(x, weight)
+    for count in (1, 2, 4, 8, 15):
+        assert torch.allclose(packed_linear(x[:count], weight), together[:count], rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: pack_weight(torch.ones(4, 33)), "weight: expected a multiple of 32 columns, got 33"),
+        (lambda: pack_weight(torch.ones(4, 32), "q2_k"), "format: expected one of bf16, q8_0, q4_1, got q2_k"),
+        (lambda: pack_weight(torch.ones(32)), r"weight: expected \[rows, cols\], got \[32\]"),
+        (lambda: pack_blocks(torch.zeros(4, 33, dtype=torch.uint8), "q8_0"), "a multiple of 34"),
+        (lambda: pack_blocks(torch.zeros(4, 34), "q8_0"), "expected uint8"),
+        (lambda: pack_blocks(torch.zeros(4, 64, dtype=torch.uint8), "bf16"), "expected q8_0 or q4_1, got bf16"),
+    ],
+)
+def test_refuses(call, message):
+    with pytest.raises(RuntimeError, match=message):
+        call()
