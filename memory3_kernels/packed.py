@@ -73,13 +73,15 @@ def pack_weight(weight: Tensor, format: str = "bf16") -> PackedWeight:
 
 
 def pack_blocks(blocks: Tensor, format: str) -> PackedWeight:
-    """Packs the rows of a GGUF tensor as they lie in the file: uint8 [rows, bytes], "q8_0" or "q4_1".
+    """Packs the rows of a GGUF tensor as they lie in the file: uint8 [rows, bytes], "q8_0", "q4_1" or "q4_0".
+
+    q4_0, d (q - 8), becomes q4_1 with m = -8 d, which float16 holds exactly (|d| < 8192).
 
     Raises:
         RuntimeError: another format, dtype, or rows that are not whole blocks.
     """
-    torch._check(format in ("q8_0", "q4_1"), lambda: f"format: expected q8_0 or q4_1, got {format}")
-    width, _, scales = FORMATS[format]
+    torch._check(format in ("q8_0", "q4_1", "q4_0"), lambda: f"format: expected q8_0, q4_1 or q4_0, got {format}")
+    width, _, scales = (18, 16, 1) if format == "q4_0" else FORMATS[format]
     torch._check(
         blocks.dtype is torch.uint8 and blocks.dim() == 2 and blocks.shape[1] % width == 0,
         lambda: f"blocks: expected uint8 [rows, a multiple of {width}], got {blocks.dtype} {list(blocks.shape)}",
@@ -92,6 +94,8 @@ def pack_blocks(blocks: Tensor, format: str) -> PackedWeight:
         values = _pairs(body.contiguous().view(torch.int8).reshape(rows, count * BLOCK))
     else:  # byte j: column j in the low half, column j + 16 in the high half
         values = _words(torch.cat((body & 15, body >> 4), -1).reshape(rows, count * BLOCK))
+    if format == "q4_0":
+        scale, format = torch.cat((scale, -8 * scale), -1), "q4_1"
     return _assemble(values, scale, rows, count * BLOCK, format)
 
 

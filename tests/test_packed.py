@@ -9,19 +9,22 @@ from memory3_kernels import pack_blocks, pack_weight, packed_linear, unpack_weig
 
 gguf = pytest.importorskip("gguf")
 TYPES = {"q8_0": gguf.GGMLQuantizationType.Q8_0, "q4_1": gguf.GGMLQuantizationType.Q4_1}
+FILE_TYPES = {**TYPES, "q4_0": gguf.GGMLQuantizationType.Q4_0}
 
 
 def dense(packed) -> torch.Tensor:
     return unpack_weight(packed.data, packed.rows, packed.cols, packed.format)
 
 
-@pytest.mark.parametrize("format", TYPES)
+@pytest.mark.parametrize("format", FILE_TYPES)
 @pytest.mark.parametrize("rows", [16, 37])
 def test_gguf_blocks_keep_every_value(format, rows):
     weight = torch.randn(rows, 96, generator=torch.Generator().manual_seed(rows)).numpy()
-    blocks = gguf.quants.quantize(weight, TYPES[format])
+    blocks = gguf.quants.quantize(weight, FILE_TYPES[format])
     packed = pack_blocks(torch.from_numpy(blocks), format)
-    assert torch.equal(dense(packed), torch.from_numpy(gguf.quants.dequantize(blocks, TYPES[format])))
+    theirs = torch.from_numpy(gguf.quants.dequantize(blocks, FILE_TYPES[format]))
+    # d q - 8 d rounds once more than d (q - 8)
+    assert torch.equal(dense(packed), theirs) or format == "q4_0" and torch.allclose(dense(packed), theirs, rtol=1e-5)
 
 
 @pytest.mark.parametrize("format", TYPES)
@@ -73,7 +76,7 @@ def test_results_do_not_depend_on_the_batch():
         (lambda: pack_weight(torch.ones(32)), r"weight: expected \[rows, cols\], got \[32\]"),
         (lambda: pack_blocks(torch.zeros(4, 33, dtype=torch.uint8), "q8_0"), "a multiple of 34"),
         (lambda: pack_blocks(torch.zeros(4, 34), "q8_0"), "expected uint8"),
-        (lambda: pack_blocks(torch.zeros(4, 64, dtype=torch.uint8), "bf16"), "expected q8_0 or q4_1, got bf16"),
+        (lambda: pack_blocks(torch.zeros(4, 64, dtype=torch.uint8), "bf16"), "expected q8_0, q4_1 or q4_0, got bf16"),
     ],
 )
 def test_refuses(call, message):

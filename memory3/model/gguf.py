@@ -19,6 +19,7 @@ from ..identity import hash_file
 from .tokenizer import Tokenizer
 
 _TOKEN_CONTROL, _TOKEN_USER = 3, 4
+_BLOCK_FORMATS = ("q8_0", "q4_1", "q4_0")
 
 # Pre-tokenizers whose splitting is exactly GPT-2's ByteLevel regex. SmolLM additionally isolates digits, which its
 # merges already imply (no merge holds a digit), so ids are the same.
@@ -127,12 +128,24 @@ class GGUFCheckpoint:
         if key not in self._tensors:
             raise KeyError(f"{self.path} has no tensor {key} ({name})")
         stored = self._tensors[key]
-        weight = torch.from_numpy(dequantize(stored.data, stored.tensor_type).copy())
+        return self._ordered(name, torch.from_numpy(dequantize(stored.data, stored.tensor_type).copy()))
+
+    def blocks(self, name: str) -> tuple[Tensor, str] | None:
+        """A quantised matrix as it lies in the file, rows of blocks uint8 [rows, bytes], and its format, for
+        `memory3_kernels.pack_blocks`; None for other tensors. q and k rows un-permuted.
+        """
+        stored = self._tensors.get(_gguf_name(name))
+        kind = None if stored is None else stored.tensor_type.name.lower()
+        if kind not in _BLOCK_FORMATS:
+            return None
+        return self._ordered(name, torch.from_numpy(stored.data.copy())), kind
+
+    def _ordered(self, name: str, rows: Tensor) -> Tensor:
         if name.endswith("q_proj.weight"):
-            return unpermute(weight, self.config.n_heads)
+            return unpermute(rows, self.config.n_heads)
         if name.endswith("k_proj.weight"):
-            return unpermute(weight, self.config.n_kv_heads)
-        return weight
+            return unpermute(rows, self.config.n_kv_heads)
+        return rows
 
     def names(self) -> Iterator[str]:
         """GGUF names of all tensors."""

@@ -94,6 +94,9 @@ class HFCheckpoint:
             raise FileNotFoundError(f"{self.path} lacks the shard {path.name}, which holds {name}")
         return self._open(path).get_tensor(name)
 
+    def blocks(self, name: str) -> None:
+        """None: safetensors folders hold dense weights."""
+
     def tokenizer(self) -> Tokenizer:
         """From tokenizer.json and its companions."""
         return Tokenizer.from_folder(self.path)

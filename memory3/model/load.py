@@ -11,6 +11,10 @@ from typing import Protocol, overload
 import torch
 from torch import Tensor, nn
 
+from memory3_kernels import PackedWeight, pack_blocks, pack_weight
+from memory3_kernels._load import native_reason
+from memory3_kernels.packed import BLOCK
+
 from ..config import PRESETS, MemoryConfig, ModelConfig
 from ..identity import Identity
 from ..memory import Memory, MemoryRead, stack_memories
@@ -19,8 +23,11 @@ from ..write import write_memories
 from .cache import ContextFull, KVCache, Prefix
 from .gguf import GGUFCheckpoint
 from .hf import HFCheckpoint
+from .layers import Linear
 from .llama import Llama
 from .tokenizer import Messages, Tokenizer
+
+WEIGHTS = ("auto", "dense", "checkpoint", "q8_0", "q4_1")
 
 
 class Checkpoint(Protocol):
@@ -29,6 +36,7 @@ class Checkpoint(Protocol):
     @property
     def config(self) -> ModelConfig: ...
     def tensor(self, name: str) -> Tensor: ...
+    def blocks(self, name: str) -> tuple[Tensor, str] | None: ...
     def tokenizer(self) -> Tokenizer: ...
     def hash(self) -> str: ...
 
@@ -86,36 +94,81 @@ def default_memory(config: ModelConfig, tokenizer: Tokenizer) -> MemoryConfig:
     )
 
 
-def fill(net: Llama, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device | str = "cpu") -> None:
+def choose_weights(weights: str, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device | str) -> str:
+    """What `load_model(weights=...)` comes to: "dense", "checkpoint", "q8_0" or "q4_1".
+
+    Raises ValueError for another name, or "checkpoint" where the checkpoint holds no quantised blocks.
+    """
+    if weights not in WEIGHTS:
+        raise ValueError(f"weights: expected one of {', '.join(WEIGHTS)}, got {weights!r}")
+    if weights not in ("auto", "checkpoint"):
+        return weights
+    has_blocks = checkpoint.blocks("model.layers.0.mlp.up_proj.weight") is not None
+    if weights == "checkpoint" and not has_blocks:
+        raise ValueError(
+            "weights: 'checkpoint' keeps the q8_0, q4_0 or q4_1 blocks of a GGUF file, but this checkpoint has none; "
+            "use 'dense', or quantise with 'q8_0' or 'q4_1'"
+        )
+    wanted = has_blocks and dtype is torch.bfloat16 and torch.device(device).type == "cpu" and native_reason() is None
+    return "checkpoint" if weights == "checkpoint" or wanted else "dense"
+
+
+def fill(
+    net: Llama,
+    checkpoint: Checkpoint,
+    dtype: torch.dtype,
+    device: torch.device | str = "cpu",
+    weights: str = "dense",
+) -> None:
     """Give `net` (may be on the meta device) the checkpoint's weights; q, k, v and gate, up are fused on the way.
 
+    weights: "dense", or the format of the linear layers' packed weights: "checkpoint" (as they are), "q8_0", "q4_1".
     Raises ValueError naming a tensor whose shape does not fit.
     """
 
     def get(*names: str) -> Tensor:
         return torch.cat([checkpoint.tensor(n).to(device, dtype) for n in names])
 
+    def check(name: str, shape: Sequence[int], want: Sequence[int]) -> None:
+        if tuple(shape) != tuple(want):
+            raise ValueError(f"{name} must be {tuple(want)} by the checkpoint's configuration, got {tuple(shape)}")
+
     def put(module: nn.Module, tensor: Tensor, name: str, attribute: str = "weight") -> None:
-        want = tuple(getattr(module, attribute).shape)
-        if tuple(tensor.shape) != want:
-            raise ValueError(f"{name} must be {want} by the checkpoint's configuration, got {tuple(tensor.shape)}")
+        check(name, tensor.shape, getattr(module, attribute).shape)
         setattr(module, attribute, nn.Parameter(tensor, requires_grad=False))
+
+    def link(module: Linear, shown: str, *names: str) -> None:
+        want = module.weight.shape
+        if weights == "dense" or want[1] % BLOCK:
+            return put(module, get(*names), shown)
+        packed = pack(names)
+        check(shown, (packed.rows, packed.cols), want)
+        module.packed, module.weight = packed, None
+
+    def pack(names: Sequence[str]) -> PackedWeight:
+        """Blocks as they are where all of them have one format; quantised, or bf16, otherwise."""
+        stored = [checkpoint.blocks(n) for n in names] if weights == "checkpoint" else []
+        formats = {None if s is None else s[1] for s in stored}
+        if len(formats) == 1 and None not in formats:
+            return pack_blocks(torch.cat([s[0] for s in stored]), formats.pop())
+        dense = torch.cat([checkpoint.tensor(n) for n in names])
+        return pack_weight(dense, "bf16" if weights == "checkpoint" else weights)
 
     put(net, get("model.embed_tokens.weight"), "model.embed_tokens.weight", "embed")
     put(net.norm, get("model.norm.weight"), "model.norm.weight")
-    if net.config.tied:
+    if net.config.tied and weights == "dense":
         net.head.weight = net.embed
     else:
-        put(net.head, get("lm_head.weight"), "lm_head.weight")
+        link(net.head, "lm_head.weight", "model.embed_tokens.weight" if net.config.tied else "lm_head.weight")
     for i, block in enumerate(net.blocks):
         at = f"model.layers.{i}."
         attention, mlp = at + "self_attn.", at + "mlp."
         put(block.attn_norm, get(at + "input_layernorm.weight"), at + "input_layernorm.weight")
-        put(block.qkv, get(*(f"{attention}{p}_proj.weight" for p in "qkv")), attention + "{q,k,v}_proj.weight")
-        put(block.out, get(attention + "o_proj.weight"), attention + "o_proj.weight")
+        link(block.qkv, attention + "{q,k,v}_proj.weight", *(f"{attention}{p}_proj.weight" for p in "qkv"))
+        link(block.out, attention + "o_proj.weight", attention + "o_proj.weight")
         put(block.ffn_norm, get(at + "post_attention_layernorm.weight"), at + "post_attention_layernorm.weight")
-        put(block.gate_up, get(mlp + "gate_proj.weight", mlp + "up_proj.weight"), mlp + "{gate,up}_proj.weight")
-        put(block.down, get(mlp + "down_proj.weight"), mlp + "down_proj.weight")
+        link(block.gate_up, mlp + "{gate,up}_proj.weight", mlp + "gate_proj.weight", mlp + "up_proj.weight")
+        link(block.down, mlp + "down_proj.weight", mlp + "down_proj.weight")
 
 
 def load_model(
@@ -123,9 +176,16 @@ def load_model(
     dtype: torch.dtype = torch.bfloat16,
     memory: MemoryConfig | None = None,
     device: torch.device | str = "cpu",
+    weights: str = "auto",
 ) -> MemoryModel:
     """Load a preset ("smollm2-135m"), a .gguf file or a folder of Hugging Face safetensors (Llama architecture).
 
+    weights: of the linear layers.
+        "dense"       `dtype`, trainable
+        "checkpoint"  the q8_0, q4_0 and q4_1 blocks of a GGUF file as they are; what else it holds as bf16
+        "q8_0", "q4_1"  quantised in groups of 32 (8.5 and 5 bits per weight)
+        "auto"        "checkpoint" on a CPU in bfloat16 where there are such blocks and native kernels, else "dense"
+      All but "dense" are for inference, and round activations to bfloat16.
     memory: layers, heads, K and opening tokens of explicit memory; default is the preset's, else `default_memory`.
     Raises FileNotFoundError or ValueError saying what is missing or not supported.
     """
@@ -134,7 +194,7 @@ def load_model(
     memory = memory or preset or default_memory(checkpoint.config, tokenizer)
     with torch.device("meta"):
         net = Llama(checkpoint.config, memory)
-    fill(net, checkpoint, dtype, device)
+    fill(net, checkpoint, dtype, device, choose_weights(weights, checkpoint, dtype, device))
     return MemoryModel(net.eval(), tokenizer, checkpoint.hash())
 
 
