@@ -14,8 +14,9 @@ constexpr int kPairs = M3_PACKED_COLS / 2;
 constexpr int kDirect = 16;                      // up to so many rows of x, weights are expanded in registers
 constexpr int kGroup = kLanes == 16 ? 8 : 2;     // rows of x that share an expanded weight there
 constexpr int kPanelTiles = kLanes == 16 ? 2 : 1;
+constexpr int kStep = kLanes == 16 ? 6 : 2;      // rows of x at once: 12 sums, for scaled formats twice
 constexpr int kPanelCols = 1024;                 // columns of a panel: two tiles of them are 64 KiB
-constexpr int kPanelRows = 120;                  // rows of x per pass over a panel; a multiple of every kStep
+constexpr int64_t kPanelRows = 256;              // rows of x per panel at most: their sums are 32 KiB
 
 typedef int8_t I8x2 __attribute__((vector_size(2 * kLanes)));
 typedef float F32x2 __attribute__((vector_size(8 * kLanes)));
@@ -198,8 +199,6 @@ void few_rows(const M3PackedLinearParams& p, int64_t begin, int64_t end) {
 
 template <class W>
 struct Panel {
-  // Registers: sums of a block and of the row, for scaled formats.
-  static constexpr int kStep = kLanes == 16 ? (W::kScaled ? 6 : 12) : (W::kScaled ? 1 : 2);
   alignas(64) uint32_t pairs[kPanelCols / 2 * kPanelTiles * M3_PACKED_ROWS];
   alignas(64) float scale[kPanelCols / M3_PACKED_COLS * kPanelTiles * M3_PACKED_ROWS];
   alignas(64) float shift[kPanelCols / M3_PACKED_COLS * kPanelTiles * M3_PACKED_ROWS];
@@ -274,13 +273,20 @@ struct Panel {
 
   void multiply_rows(const M3PackedLinearParams& p, int64_t row, int64_t rows) {
     const int64_t total = p.weight.cols / M3_PACKED_COLS;
-    int64_t m = 0;
-    for (; m + kStep <= rows; m += kStep)
-      multiply<kStep>(p.x + (row + m) * p.x_stride, p.x_stride, p.sums + (row + m) * total, total,
-                      sum + m * kParts2 * kLanes);
-    for (; m < rows; ++m)
-      multiply<1>(p.x + (row + m) * p.x_stride, p.x_stride, p.sums + (row + m) * total, total,
-                  sum + m * kParts2 * kLanes);
+    for (int64_t m = 0; m < rows;) {
+      const uint16_t* x = p.x + (row + m) * p.x_stride;
+      const float* sums = p.sums + (row + m) * total;
+      float* to = sum + m * kParts2 * kLanes;
+      const int64_t left = rows - m;
+      if (left >= kStep)
+        multiply<kStep>(x, p.x_stride, sums, total, to), m += kStep;
+      else if (left >= 4)
+        multiply<kStep == 6 ? 4 : 2>(x, p.x_stride, sums, total, to), m += 4;
+      else if (left >= 2)
+        multiply<2>(x, p.x_stride, sums, total, to), m += 2;
+      else
+        multiply<1>(x, p.x_stride, sums, total, to), m += 1;
+    }
   }
 };
 
@@ -288,8 +294,9 @@ template <class W>
 void many_rows(const M3PackedLinearParams& p, int64_t begin, int64_t end) {
   Panel<W> panel;
   const int64_t blocks = p.weight.cols / M3_PACKED_COLS, most = kPanelCols / M3_PACKED_COLS;
-  for (int64_t row = 0; row < p.count; row += kPanelRows) {
-    const int64_t rows = p.count - row < kPanelRows ? p.count - row : kPanelRows;
+  const int64_t passes = (p.count + kPanelRows - 1) / kPanelRows, each = (p.count + passes - 1) / passes;
+  for (int64_t row = 0; row < p.count; row += each) {
+    const int64_t rows = p.count - row < each ? p.count - row : each;
     for (int64_t tile = begin; tile < end; tile += kPanelTiles) {
       const int64_t tiles = end - tile < kPanelTiles ? end - tile : kPanelTiles;
       memset(panel.sum, 0, sizeof(float) * rows * kPanelTiles * M3_PACKED_ROWS);
