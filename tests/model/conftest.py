@@ -43,7 +43,13 @@ def smollm32(smollm_path):
 
 @pytest.fixture(scope="session")
 def smollm16(smollm_path):
-    return load_model("smollm2-135m", dtype=torch.bfloat16)
+    return load_model("smollm2-135m", dtype=torch.bfloat16, weights="dense")
+
+
+@pytest.fixture(scope="session")
+def smollm_blocks(smollm_path):
+    """The file's own q4_1 and q8_0 blocks, bf16 activations."""
+    return load_model("smollm2-135m", weights="checkpoint")
 
 
 @pytest.fixture(scope="module")
