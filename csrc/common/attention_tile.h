@@ -4,6 +4,7 @@
 #pragma once
 
 #include "common/gemm_tile.h"
+#include "common/pair_tile.h"
 
 namespace m3 {
 namespace M3_LEVEL {
@@ -40,19 +41,23 @@ struct KeyBlock {
   }
 };
 
+// Vectors lo..lo + m of a tile may be worked on apart from the others: those of one KV head, where it holds several.
 struct QueryTile {
-  alignas(64) float q[kTileRows * kMaxDim];    // [m, ld], scaled, zeros behind dim
-  alignas(64) float acc[kTileRows * kMaxDim];  // [m, ld], sum of exp(s - top) v
+  alignas(64) float q[kTileRows * kMaxDim];             // [m, ld], scaled, zeros behind dim
+  alignas(64) uint32_t q_pairs[kTileRows * kMaxDim / 2];  // [m, ld / 2], not scaled: exact in bf16 (kPaired<T> only)
+  alignas(64) float acc[kTileRows * kMaxDim];           // [m, ld], sum of exp(s - top) v
   alignas(64) float p[kTileRows * kBlock];
-  float top[kTileRows], sum[kTileRows];
+  alignas(64) uint32_t p_pairs[kTileRows * kBlock / 2];  // p rounded to bf16
+  float top[kTileRows + kLanes], sum[kTileRows + kLanes];
   float* mass[kTileRows];  // [refs] each: sum of exp(s - top) per record
+  float scale;
   int m, dim, ld;
   int64_t refs;
 
-  void begin(int rows, int width, int64_t records) {
-    m = rows, dim = width, ld = padded(width), refs = records;
+  void begin(int rows, int width, float factor, int64_t records) {
+    m = rows, dim = width, ld = kPairDots ? pair_padded(width) : padded(width), scale = factor, refs = records;
     memset(acc, 0, sizeof(float) * m * ld);
-    for (int i = 0; i < m; ++i) top[i] = -kInf, sum[i] = 0.f;
+    for (int i = 0; i < m + kLanes; ++i) top[i] = -kInf, sum[i] = 0.f;
   }
 };
 
@@ -80,69 +85,157 @@ inline float sum_run(const float* p, int n) {
 }
 
 // Bias and visibility: keys at or behind seen[i] (or `count` where seen is null) and the padding become -inf.
-template <class T>
-inline void mask_scores(const KeyBlock<T>& block, const int* seen, int m, float* p) {
-  const int width = padded(block.count);
-  if (block.biased)
+inline void mask_scores(const float* bias, int count, const int* seen, int m, float* p) {
+  const int width = padded(count);
+  if (bias)
     for (int i = 0; i < m; ++i)
       for (int j = 0; j < width; j += kLanes)  // bias behind count is stale, but hidden below
-        store(p + i * kBlock + j, load(p + i * kBlock + j) + load(block.bias + j));
+        store(p + i * kBlock + j, load(p + i * kBlock + j) + load(bias + j));
+  if (seen == nullptr && count == width) return;
   for (int i = 0; i < m; ++i)
-    for (int j = seen ? seen[i] : block.count; j < width; ++j) p[i * kBlock + j] = -kInf;
+    for (int j = seen ? seen[i] : count; j < width; ++j) p[i * kBlock + j] = -kInf;
+}
+template <class T>
+inline void mask_scores(const KeyBlock<T>& block, const int* seen, int m, float* p) {
+  mask_scores(block.biased ? block.bias : nullptr, block.count, seen, m, p);
 }
 
-// Scores of a block, masked: tile.p[i, j] = q_i . k_j + bias_j. `columns` has room for dim x kBlock floats.
+// Lane i of the result is the largest of v[i]; `v` is overwritten.
+template <int Step = 1>
+inline F32 max_each(F32* v) {
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes / Step; i += 2) v[i / 2] = max(mix<Step, 0>(v[i], v[i + 1]), mix<Step, 1>(v[i], v[i + 1]));
+  if constexpr (2 * Step < kLanes)
+    return max_each<2 * Step>(v);
+  else
+    return v[0];
+}
+
+// Takes the masked scores tile.p[lo..lo + m, 0..count) into the running softmax: they become exp(s - top), and what was
+// summed before fades to the new top. kLanes rows at a time, each with the same operations whatever the others are.
+template <bool Pairs>
+inline void absorb(QueryTile& tile, int lo, int m, int count) {
+  const int width = padded(count);
+  for (int r = lo; r < lo + m; r += kLanes) {
+    const int n = lo + m - r < kLanes ? lo + m - r : kLanes;
+    F32 part[kLanes];
+    for (int i = 0; i < kLanes; ++i) part[i] = splat(-kInf);
+    for (int i = 0; i < n; ++i) {
+      const float* p = tile.p + (r + i) * kBlock;
+      for (int j = 0; j < width; j += kLanes) part[i] = max(part[i], load(p + j));
+    }
+    const F32 before = load(tile.top + r), top = max(before, max_each(part));
+    const F32 base = select(top == splat(-kInf), F32{}, top);  // nothing seen yet: exp(-inf - 0) = 0
+    float bases[kLanes], fades[kLanes];
+    const F32 fade = exp(before - base);
+    store(bases, base);
+    store(fades, fade);
+    store(tile.top + r, top);
+    for (int i = 0; i < n; ++i) {
+      float* p = tile.p + (r + i) * kBlock;
+      F32 total = {};
+      for (int j = 0; j < width; j += kLanes) {
+        const F32 e = exp(load(p + j) - bases[i]);
+        store(p + j, e);
+        if constexpr (Pairs) store(reinterpret_cast<BF16*>(tile.p_pairs + (r + i) * (kBlock / 2)) + j, e);
+        total += e;
+      }
+      part[i] = total;
+      if (fades[i] != 1.f) {
+        scale_row(tile.acc + (r + i) * tile.ld, tile.ld, fades[i]);
+        scale_row(tile.mass[r + i], tile.refs, fades[i]);
+      }
+    }
+    for (int i = n; i < kLanes; ++i) part[i] = F32{};
+    store(tile.sum + r, load(tile.sum + r) * fade + sum_each(part));
+  }
+}
+
+// Adds up the weights of each record.
 template <class T>
-inline void scores(QueryTile& tile, const KeyBlock<T>& block, const int* seen, float* columns) {
-  if (tile.m <= kFewRows) {
-    dot(tile.q, tile.ld, tile.m, block.k, block.count, tile.dim, tile.p, kBlock);
+inline void add_mass(QueryTile& tile, int lo, int m, const KeyBlock<T>& block) {
+  for (int i = lo; i < lo + m; ++i)
+    for (int r = 0; r < block.run_count; ++r)
+      tile.mass[i][block.runs[r].record] +=
+          sum_run(tile.p + i * kBlock + block.runs[r].begin, block.runs[r].end - block.runs[r].begin);
+}
+
+struct Nothing {
+  void operator()(int) const {}
+};
+
+// tile.p[lo..lo + m, at..] = q . k for few query vectors and `count` keys where they lie; at a multiple of kLanes.
+template <class T, class Row, class Step>
+inline void few_scores(QueryTile& tile, int lo, int m, const Row& row, int count, int at, Step& step) {
+  float* p = tile.p + lo * kBlock + at;
+  if constexpr (kPaired<T>) {
+    by_four(m, [&](auto rows, int i) {
+      pair_dot_rows<decltype(rows)::value>(tile.q_pairs + (lo + i) * (tile.ld / 2), tile.ld / 2, row, count, tile.dim,
+                                           tile.scale, p + i * kBlock, kBlock, step);
+    });
   } else {
+    const T* rows[kBlock];
+    for (int j = 0; j < count; ++j) rows[j] = row(j);
+    step(count);
+    dot(tile.q + lo * tile.ld, tile.ld, m, rows, count, tile.dim, p, kBlock);
+  }
+}
+
+// tile.acc[lo..lo + m] += weights at `at` of the block . `count` values where they lie; at is even.
+template <class T, class Row, class Step>
+inline void few_values(QueryTile& tile, int lo, int m, const Row& row, int count, int at, Step& step) {
+  float* acc = tile.acc + lo * tile.ld;
+  if constexpr (kPaired<T>) {
+    by_four(m, [&](auto rows, int i) {
+      pair_add_rows<decltype(rows)::value>(tile.p_pairs + (lo + i) * (kBlock / 2) + at / 2, kBlock / 2, row, count,
+                                           tile.dim, acc + i * tile.ld, tile.ld, step);
+    });
+  } else {
+    const T* rows[kBlock];
+    for (int j = 0; j < count; ++j) rows[j] = row(j);
+    step(count);
+    gemm(Strided{tile.p + lo * kBlock + at, kBlock, 1}, RowPointers<T>{rows}, m, tile.dim, count, acc, tile.ld, true);
+  }
+}
+
+// Takes a block into the running softmax of the tile's vectors lo..lo + m: vector lo + i sees its first seen[i] keys
+// (all of them where seen is null).
+template <class T>
+inline void consume(QueryTile& tile, int lo, int m, const KeyBlock<T>& block, const int* seen) {
+  if (block.count == 0) return;
+  float* p = tile.p + lo * kBlock;
+  Nothing nothing;
+  if (m <= kFewRows) {
+    few_scores<T>(tile, lo, m, [&](int j) { return block.k[j]; }, block.count, 0, nothing);
+    mask_scores(block, seen, m, p);
+    absorb<kPaired<T>>(tile, lo, m, block.count);
+    add_mass(tile, lo, m, block);
+    few_values<T>(tile, lo, m, [&](int j) { return block.v[j]; }, block.count, 0, nothing);
+    return;
+  }
+  alignas(64) uint32_t scratch[kMaxDim * kBlock];
+  float* acc = tile.acc + lo * tile.ld;
+  if constexpr (kPaired<T>) {
+    pack_pair_columns(block.k, block.count, tile.dim, scratch, kBlock);
+    pair_gemm<false>(tile.q_pairs + lo * (tile.ld / 2), tile.ld / 2, scratch, kBlock, m, padded(block.count),
+                     tile.dim / 2, tile.scale, p, kBlock);
+  } else {
+    float* columns = reinterpret_cast<float*>(scratch);
     pack_columns(block.k, block.count, tile.dim, columns, kBlock);
-    gemm(Strided{tile.q, tile.ld, 1}, Rows<float>{columns, kBlock}, tile.m, padded(block.count), tile.dim, tile.p,
+    gemm(Strided{tile.q + lo * tile.ld, tile.ld, 1}, Rows<float>{columns, kBlock}, m, padded(block.count), tile.dim, p,
          kBlock, false);
   }
-  mask_scores(block, seen, tile.m, tile.p);
-}
-
-// Takes a block into the running softmax: row i sees its first seen[i] keys (all of them where seen is null).
-template <class T>
-inline void consume(QueryTile& tile, const KeyBlock<T>& block, const int* seen) {
-  alignas(64) float scratch[kMaxDim * kBlock];
-  if (block.count == 0) return;
-  scores(tile, block, seen, scratch);
-  const int width = padded(block.count);
-  for (int i = 0; i < tile.m; ++i) {
-    float* p = tile.p + i * kBlock;
-    F32 high = load(p);
-    for (int j = kLanes; j < width; j += kLanes) high = max(high, load(p + j));
-    const float before = tile.top[i], best = max(high), top = best > before ? best : before;
-    if (top == -kInf) {
-      memset(p, 0, sizeof(float) * width);
-      continue;
-    }
-    F32 total = {};
-    for (int j = 0; j < width; j += kLanes) {
-      const F32 e = exp(load(p + j) - top);
-      store(p + j, e);
-      total += e;
-    }
-    if (top != before) {
-      const float fade = __builtin_expf(before - top);
-      scale_row(tile.acc + i * tile.ld, tile.ld, fade);
-      scale_row(tile.mass[i], tile.refs, fade);
-      tile.sum[i] *= fade;
-      tile.top[i] = top;
-    }
-    tile.sum[i] += sum(total);
-    for (int r = 0; r < block.run_count; ++r)
-      tile.mass[i][block.runs[r].record] += sum_run(p + block.runs[r].begin, block.runs[r].end - block.runs[r].begin);
-  }
-  const Strided weights{tile.p, kBlock, 1};
-  if (tile.m <= kFewRows) {
-    gemm(weights, RowPointers<T>{block.v}, tile.m, tile.dim, block.count, tile.acc, tile.ld, true);
+  mask_scores(block, seen, m, p);
+  absorb<kPaired<T>>(tile, lo, m, block.count);
+  add_mass(tile, lo, m, block);
+  if constexpr (kPaired<T>) {
+    pack_row_pairs(block.v, block.count, tile.dim, scratch, tile.ld);
+    pair_gemm<true>(tile.p_pairs + lo * (kBlock / 2), kBlock / 2, scratch, tile.ld, m, tile.ld, (block.count + 1) / 2,
+                    1.f, acc, tile.ld);
   } else {
-    for (int j = 0; j < block.count; ++j) pack_row(block.v[j], tile.dim, 1.f, scratch + j * tile.ld);
-    gemm(weights, Rows<float>{scratch, tile.ld}, tile.m, tile.ld, block.count, tile.acc, tile.ld, true);
+    float* values = reinterpret_cast<float*>(scratch);
+    for (int j = 0; j < block.count; ++j) pack_row(block.v[j], tile.dim, 1.f, values + j * tile.ld);
+    gemm(Strided{p, kBlock, 1}, Rows<float>{values, tile.ld}, m, padded(tile.dim), block.count, acc, tile.ld, true);
   }
 }
 

@@ -18,6 +18,20 @@ inline void load_rows(const T* x, int64_t row_stride, int64_t head_stride, int r
       pack_row(x + r * row_stride + g * head_stride, dim, factor, out + (r * group + g) * ld);
 }
 
+// The same into vectors lo.. of a tile, in the form its products take. Where blocks of keys are not all of type T, the
+// float form is needed beside the pairs (Mixed).
+template <class T, bool Mixed = false>
+inline void load_rows(const T* x, int64_t row_stride, int64_t head_stride, int rows, int group, int lo,
+                      QueryTile& tile) {
+  for (int r = 0; r < rows; ++r)
+    for (int g = 0; g < group; ++g) {
+      const int i = lo + r * group + g;
+      const T* row = x + r * row_stride + g * head_stride;
+      if constexpr (kPaired<T>) copy_pairs(row, tile.dim, tile.q_pairs + i * (tile.ld / 2));
+      if constexpr (Mixed || !kPaired<T>) pack_row(row, tile.dim, tile.scale, tile.q + i * tile.ld);
+    }
+}
+
 // The record head that KV head `head` reads, or -1.
 inline int64_t record_head(const M3Records& memory, int64_t head) {
   return memory.head_map ? memory.head_map[head] : head;
@@ -87,22 +101,24 @@ inline int64_t sequence_of(const int32_t* cu, int64_t sequences, int64_t row) {
   return low;
 }
 
-// Points mass rows into the output and clears them, then writes all results of a tile.
-inline void begin_mass(QueryTile& tile, float* mass, int64_t heads, int64_t row, int64_t head, int rows, int group) {
+// For the vectors from lo on: points mass rows into the output and clears them, then writes all results of a tile.
+inline void begin_mass(QueryTile& tile, int lo, float* mass, int64_t heads, int64_t row, int64_t head, int rows,
+                       int group) {
   for (int r = 0; r < rows; ++r)
     for (int g = 0; g < group; ++g) {
       float* to = mass + ((row + r) * heads + head + g) * tile.refs;
-      tile.mass[r * group + g] = to;
+      tile.mass[lo + r * group + g] = to;
       if (tile.refs > 0) memset(to, 0, sizeof(float) * tile.refs);
     }
 }
 
 template <class T>
-inline void finish(QueryTile& tile, T* out, float* lse, int64_t heads, int64_t row, int64_t head, int rows, int group) {
+inline void finish(QueryTile& tile, int lo, T* out, float* lse, int64_t heads, int64_t row, int64_t head, int rows,
+                   int group) {
   for (int r = 0; r < rows; ++r)
     for (int g = 0; g < group; ++g) {
       const int64_t at = (row + r) * heads + head + g;
-      finish_row(tile, r * group + g, out + at * tile.dim, lse + at);
+      finish_row(tile, lo + r * group + g, out + at * tile.dim, lse + at);
     }
 }
 

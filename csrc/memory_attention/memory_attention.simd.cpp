@@ -23,14 +23,14 @@ void attend(const M3MemoryAttentionParams& p, const RowBlocks& blocks, int64_t b
     if (left <= 0) continue;
     const int rows = static_cast<int>(left < blocks.rows ? left : blocks.rows);
     const T* q = static_cast<const T*>(p.q) + row * p.q_stride[0] + head * group * p.q_stride[1];
-    tile.begin(rows * group, dim, p.memory.refs);
-    load_rows(q, p.q_stride[0], p.q_stride[1], rows, group, dim, p.scale, tile.q);
-    begin_mass(tile, p.mass, p.heads, row, head * group, rows, group);
+    tile.begin(rows * group, dim, p.scale, p.memory.refs);
+    load_rows(q, p.q_stride[0], p.q_stride[1], rows, group, 0, tile);
+    begin_mass(tile, 0, p.mass, p.heads, row, head * group, rows, group);
 
     const int64_t from = record_head(p.memory, head);
     if (from >= 0)
       for_each_record_block(p.memory, chunk, from, block,
-                            [&](const KeyBlock<T>& keys) { consume(tile, keys, nullptr); });
+                            [&](const KeyBlock<T>& keys) { consume(tile, 0, tile.m, keys, nullptr); });
     if (p.k != nullptr) {
       const int64_t b = sequence_of(p.cu_q, p.sequences, row), first_key = p.cu_k[b];
       const int64_t limit = (p.cu_k[b + 1] - first_key) - (p.cu_q[b + 1] - p.cu_q[b]) + (row - p.cu_q[b]) + 1;
@@ -41,10 +41,10 @@ void attend(const M3MemoryAttentionParams& p, const RowBlocks& blocks, int64_t b
         block.clear();
         const int n = static_cast<int>(keys - at < kBlock ? keys - at : kBlock);
         block.append(k + at * p.k_stride[0], p.k_stride[0], v + at * p.v_stride[0], p.v_stride[0], n);
-        consume(tile, block, causal(limit, rows, group, at, n, seen));
+        consume(tile, 0, tile.m, block, causal(limit, rows, group, at, n, seen));
       }
     }
-    finish(tile, static_cast<T*>(p.out), p.lse, p.heads, row, head * group, rows, group);
+    finish(tile, 0, static_cast<T*>(p.out), p.lse, p.heads, row, head * group, rows, group);
   }
 }
 

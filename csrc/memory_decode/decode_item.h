@@ -1,5 +1,9 @@
 // The work items of memory_decode and memory_decode_coded: a sequence x a KV head x a block of its new rows (all of
 // them, but for large groups). They differ in how records are read.
+//
+// Where the cache keeps the heads of a token side by side, neighbouring items of one sequence are worked on together:
+// their rows are then one stretch of memory, read at its full rate, while one head's rows are short pieces far apart.
+// An item's result does not depend on its neighbours.
 #pragma once
 
 #include "common/attention_walk.h"
@@ -10,12 +14,109 @@ namespace m3 {
 namespace M3_LEVEL {
 namespace {
 
-// Takes the visible cache rows of sequence b into the tile; the block's first row sees `limit` of them.
+// One cache (keys or values) of a sequence as seen by a run of heads.
 template <class T>
-void consume_cache(const M3MemoryDecodeParams& p, int64_t b, int64_t head, int64_t limit, int rows, int group,
-                   QueryTile& tile, KeyBlock<T>& block) {
+struct CacheSide {
+  const T* data;  // of the run's first head
+  const int64_t* stride;
+  const int32_t* pages;  // of the sequence; null: dense
+  int64_t page, sequence;
+
+  const T* row(int64_t at) const {
+    return pages ? data + pages[at / page] * stride[0] + at % page * stride[1]
+                 : data + sequence * stride[0] + at * stride[1];
+  }
+};
+
+// Memory on its way to the cache (L2) while something else is worked on: rows of `span` bytes.
+struct Ahead {
+  const char* row = nullptr;
+  int64_t pitch = 0;
+  int span = 0, at = 0, left = 0;
+
+  template <class T>
+  static Ahead rows(const T* first, int64_t stride, int64_t width, int count) {
+    return {reinterpret_cast<const char*>(first), stride * static_cast<int64_t>(sizeof(T)),
+            static_cast<int>(width * sizeof(T)), 0, count};
+  }
+
+  void lines(int n) {
+    for (; n > 0 && left > 0; --n) {
+      __builtin_prefetch(row + at, 0, 2);
+      at += 64;
+      if (at >= span) at = 0, row += pitch, --left;
+    }
+  }
+};
+
+struct LinesAhead {
+  Ahead* ahead;
+  int lines;  // per row that is worked on
+  void operator()(int rows) const { ahead->lines(rows * lines); }
+};
+
+// Rows of cache that are worked on at a time: about as much as the first-level cache holds. At least the smallest page
+// and a power of two, so that no stage crosses a page.
+inline int stage_rows(int64_t bytes_per_row) {
+  int rows = kBlock;
+  while (rows > 16 && rows * bytes_per_row > 32768) rows /= 2;
+  return rows;
+}
+
+// Takes the visible cache rows of sequence b into the tile: `heads` KV heads from `head` on, `rows` x `group` vectors
+// each; the block's first row sees `limit` cache rows. Keys of up to kBlock rows stage by stage, then their values; at
+// every stage the next one is on its way.
+template <class T>
+void consume_cache(const M3MemoryDecodeParams& p, int64_t b, int64_t head, int heads, int64_t limit, int rows,
+                   int group, QueryTile& tile) {
+  const int32_t* pages = p.block_table ? p.block_table + b * p.max_pages : nullptr;
+  const CacheSide<T> k{static_cast<const T*>(p.k_cache) + head * p.k_stride[2], p.k_stride, pages, p.page, b};
+  const CacheSide<T> v{static_cast<const T*>(p.v_cache) + head * p.v_stride[2], p.v_stride, pages, p.page, b};
+  const int64_t keys = limit + rows - 1, k_width = (heads - 1) * p.k_stride[2] + tile.dim,
+                v_width = (heads - 1) * p.v_stride[2] + tile.dim;
+  int step = stage_rows(sizeof(T) * (k_width > v_width ? k_width : v_width));
+  if (pages && step > p.page) step = static_cast<int>(p.page);
+  const int m = rows * group, lines = (tile.dim * static_cast<int>(sizeof(T)) + 63) / 64;
+  int seen[kTileRows];
+
+  const auto ahead_of = [&](const CacheSide<T>& side, int64_t width, int64_t at, int64_t end) {
+    const int n = end - at < step ? static_cast<int>(end - at) : step;
+    return n > 0 ? Ahead::rows(side.row(at), side.stride[1], width, n) : Ahead{};
+  };
+  for (int64_t at = 0; at < keys; at += kBlock) {
+    const int count = static_cast<int>(keys - at < kBlock ? keys - at : kBlock);
+    const int64_t end = at + count;
+    for (int s = 0; s < count; s += step) {
+      const int n = count - s < step ? count - s : step;
+      Ahead next = s + n < count ? ahead_of(k, k_width, at + s + n, end) : ahead_of(v, v_width, at, end);
+      const LinesAhead meanwhile{&next, lines};
+      const T* first = k.row(at + s);
+      for (int h = 0; h < heads; ++h)
+        few_scores<T>(tile, h * m, m, [&](int j) { return first + h * p.k_stride[2] + j * p.k_stride[1]; }, n, s,
+                      meanwhile);
+    }
+    const int* visible = causal(limit, rows, group, at, count, seen);
+    for (int h = 0; h < heads; ++h) mask_scores(nullptr, count, visible, m, tile.p + h * m * kBlock);
+    absorb<kPaired<T>>(tile, 0, tile.m, count);
+    for (int s = 0; s < count; s += step) {
+      const int n = count - s < step ? count - s : step;
+      Ahead next = s + n < count ? ahead_of(v, v_width, at + s + n, end) : ahead_of(k, k_width, end, keys);
+      const LinesAhead meanwhile{&next, lines};
+      const T* first = v.row(at + s);
+      for (int h = 0; h < heads; ++h)
+        few_values<T>(tile, h * m, m, [&](int j) { return first + h * p.v_stride[2] + j * p.v_stride[1]; }, n, s,
+                      meanwhile);
+    }
+  }
+}
+
+// The same for one head with many query vectors.
+template <class T>
+void consume_cache_blocks(const M3MemoryDecodeParams& p, int64_t b, int64_t head, int64_t limit, int rows, int group,
+                          QueryTile& tile) {
   const T* k = static_cast<const T*>(p.k_cache) + head * p.k_stride[2];
   const T* v = static_cast<const T*>(p.v_cache) + head * p.v_stride[2];
+  KeyBlock<T> block;
   int seen[kTileRows];
   const int64_t keys = limit + rows - 1;
   for (int64_t at = 0; at < keys;) {
@@ -31,30 +132,53 @@ void consume_cache(const M3MemoryDecodeParams& p, int64_t b, int64_t head, int64
                    v + page * p.v_stride[0] + offset * p.v_stride[1], p.v_stride[1], static_cast<int>(n));
       at += n;
     }
-    consume(tile, block, causal(limit, rows, group, first, block.count, seen));
+    consume(tile, 0, tile.m, block, causal(limit, rows, group, first, block.count, seen));
   }
 }
 
-// read(tile, b, record_head) takes the records of sequence b into the tile; it may use `block`, and leaves tile.q as it
-// was.
-template <class T, class Read>
+// How many of `heads` heads with m vectors each are worked on together.
+inline int heads_together(const M3MemoryDecodeParams& p, int64_t heads, int m) {
+  const bool adjacent = p.k_stride[2] < p.k_stride[1] && p.v_stride[2] < p.v_stride[1];
+  if (m > kFewRows || !adjacent) return 1;
+  const int most = kTileRows / m;
+  return heads < most ? static_cast<int>(heads) : most;
+}
+
+// read(tile, lo, m, b, record_head) takes the records of sequence b into vectors lo..lo + m of the tile and leaves
+// their query as it was. Mixed: records come in another type than T.
+template <class T, bool Mixed, class Read>
 void for_each_decode_item(const M3MemoryDecodeParams& p, const RowBlocks& blocks, int64_t begin, int64_t end,
-                          KeyBlock<T>& block, const Read& read) {
+                          const Read& read) {
   const int group = static_cast<int>(p.heads / p.kv_heads), dim = static_cast<int>(p.dim);
   QueryTile tile;
-  for (int64_t item = begin; item < end; ++item) {
+  for (int64_t item = begin; item < end;) {
     const int64_t head = item % p.kv_heads, place = item / p.kv_heads, b = place / blocks.count;
     const int64_t row = p.cu_q[b] + place % blocks.count * blocks.rows, left = p.cu_q[b + 1] - row;
-    if (left <= 0) continue;
-    const int rows = static_cast<int>(left < blocks.rows ? left : blocks.rows);
-    const T* q = static_cast<const T*>(p.q) + row * p.q_stride[0] + head * group * p.q_stride[1];
-    tile.begin(rows * group, dim, p.memory.refs);
-    load_rows(q, p.q_stride[0], p.q_stride[1], rows, group, dim, p.scale, tile.q);
-    begin_mass(tile, p.mass, p.heads, row, head * group, rows, group);
-    const int64_t from = record_head(p.memory, head);
-    if (from >= 0) read(tile, b, from);
-    consume_cache(p, b, head, p.kv_len[b] - left + 1, rows, group, tile, block);
-    finish(tile, static_cast<T*>(p.out), p.lse, p.heads, row, head * group, rows, group);
+    const int64_t others = p.kv_heads - head < end - item ? p.kv_heads - head : end - item;
+    if (left <= 0) {
+      item += others;
+      continue;
+    }
+    const int rows = static_cast<int>(left < blocks.rows ? left : blocks.rows), m = rows * group;
+    const int heads = heads_together(p, others, m);
+    tile.begin(heads * m, dim, p.scale, p.memory.refs);
+    for (int h = 0; h < heads; ++h) {
+      const T* q = static_cast<const T*>(p.q) + row * p.q_stride[0] + (head + h) * group * p.q_stride[1];
+      load_rows<T, Mixed>(q, p.q_stride[0], p.q_stride[1], rows, group, h * m, tile);
+      begin_mass(tile, h * m, p.mass, p.heads, row, (head + h) * group, rows, group);
+    }
+    for (int h = 0; h < heads; ++h) {
+      const int64_t from = record_head(p.memory, head + h);
+      if (from >= 0) read(tile, h * m, m, b, from);
+    }
+    const int64_t limit = p.kv_len[b] - left + 1;
+    if (m <= kFewRows)
+      consume_cache<T>(p, b, head, heads, limit, rows, group, tile);
+    else
+      consume_cache_blocks<T>(p, b, head, limit, rows, group, tile);
+    for (int h = 0; h < heads; ++h)
+      finish(tile, h * m, static_cast<T*>(p.out), p.lse, p.heads, row, (head + h) * group, rows, group);
+    item += heads;
   }
 }
 

@@ -8,8 +8,9 @@ namespace {
 template <class T>
 void attend(const M3MemoryDecodeParams& p, const RowBlocks& blocks, int64_t begin, int64_t end) {
   KeyBlock<T> block;
-  for_each_decode_item<T>(p, blocks, begin, end, block, [&](QueryTile& tile, int64_t b, int64_t from) {
-    for_each_record_block(p.memory, b, from, block, [&](const KeyBlock<T>& keys) { consume(tile, keys, nullptr); });
+  for_each_decode_item<T, false>(p, blocks, begin, end, [&](QueryTile& tile, int lo, int m, int64_t b, int64_t from) {
+    for_each_record_block(p.memory, b, from, block,
+                          [&](const KeyBlock<T>& keys) { consume(tile, lo, m, keys, nullptr); });
   });
 }
 

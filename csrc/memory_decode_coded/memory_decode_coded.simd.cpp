@@ -20,23 +20,23 @@ struct DecodedBlock {
   alignas(64) float v[kBlock * kMaxDim];
 };
 
-// tile.q[i] = rot q[i]
-void rotate_queries(const M3Book& book, const float* q, QueryTile& tile) {
+// tile.q[i] = rot q[i] for the vectors lo..lo + m
+void rotate_queries(const M3Book& book, const float* q, QueryTile& tile, int lo, int m) {
   const float* rows[kMaxDim];
   for (int e = 0; e < tile.dim; ++e) rows[e] = book.rot + static_cast<int64_t>(e) * tile.dim;
-  dot(q, tile.ld, tile.m, rows, tile.dim, tile.dim, tile.q, tile.ld);
+  dot(q, tile.ld, m, rows, tile.dim, tile.dim, tile.q + lo * tile.ld, tile.ld);
 }
 
 // tile.acc[i] = rot^T acc[i]
-void rotate_back(const M3Book& book, QueryTile& tile) {
+void rotate_back(const M3Book& book, QueryTile& tile, int lo, int m) {
   alignas(64) float turned[kTileRows * kMaxDim];
-  gemm(Strided{tile.acc, tile.ld, 1}, Rows<float>{book.rot, tile.dim}, tile.m, tile.dim, tile.dim, turned, tile.ld,
-       false);
-  memcpy(tile.acc, turned, sizeof(float) * tile.m * tile.ld);
+  float* acc = tile.acc + lo * tile.ld;
+  gemm(Strided{acc, tile.ld, 1}, Rows<float>{book.rot, tile.dim}, m, tile.dim, tile.dim, turned, tile.ld, false);
+  for (int i = 0; i < m; ++i) memcpy(acc + i * tile.ld, turned + i * tile.ld, sizeof(float) * tile.dim);
 }
 
 void read_records(const M3MemoryDecodeCodedParams& p, const M3Book& k_book, const M3Book& v_book, QueryTile& tile,
-                  int64_t b, int64_t head) {
+                  int lo, int m, int64_t b, int64_t head) {
   DecodedBlock rows;
   KeyBlock<float> block;
   const int64_t dim = tile.dim, k_bytes = m3_book_code_bytes(&k_book), v_bytes = m3_book_code_bytes(&v_book);
@@ -49,25 +49,26 @@ void read_records(const M3MemoryDecodeCodedParams& p, const M3Book& k_book, cons
     block.append(k, dim, v, dim, n);
   };
   for_each_record_block(p.decode.memory, b, head, block, append,
-                        [&](const KeyBlock<float>& keys) { consume(tile, keys, nullptr); });
+                        [&](const KeyBlock<float>& keys) { consume(tile, lo, m, keys, nullptr); });
 }
 
 template <class T>
 void attend(const M3MemoryDecodeCodedParams& p, const RowBlocks& blocks, int64_t begin, int64_t end) {
-  KeyBlock<T> block;
   M3Book k_book = p.k_book, v_book = p.v_book;
   k_book.rot = v_book.rot = nullptr;
-  for_each_decode_item<T>(p.decode, blocks, begin, end, block, [&](QueryTile& tile, int64_t b, int64_t head) {
+  const auto read = [&](QueryTile& tile, int lo, int m, int64_t b, int64_t head) {
     if (p.decode.memory.refs == 0) return;
     alignas(64) float plain[kTileRows * kMaxDim];
+    float* q = tile.q + lo * tile.ld;
     if (p.k_book.rot) {
-      memcpy(plain, tile.q, sizeof(float) * tile.m * tile.ld);
-      rotate_queries(p.k_book, plain, tile);
+      memcpy(plain, q, sizeof(float) * m * tile.ld);
+      rotate_queries(p.k_book, plain, tile, lo, m);
     }
-    read_records(p, k_book, v_book, tile, b, head);
-    if (p.k_book.rot) memcpy(tile.q, plain, sizeof(float) * tile.m * tile.ld);
-    if (p.v_book.rot) rotate_back(p.v_book, tile);
-  });
+    read_records(p, k_book, v_book, tile, lo, m, b, head);
+    if (p.k_book.rot) memcpy(q, plain, sizeof(float) * m * tile.ld);
+    if (p.v_book.rot) rotate_back(p.v_book, tile, lo, m);
+  };
+  for_each_decode_item<T, true>(p.decode, blocks, begin, end, read);
 }
 
 }  // namespace
