@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -14,6 +14,7 @@ import torch
 from .arena import Arena
 from .decoding import Options, write_on
 from .generation import ChunkRead, Generation, Stats
+from .profiling import collect
 from .rag import with_references
 from .sampling import Sampling
 from .session import Session
@@ -133,6 +134,7 @@ class Engine:
         on_text: Callable[[int, str], None] | None = None,
         ignore_eos: bool = False,
         score: Sequence[str] = (),
+        profile: bool = False,
     ) -> Generation | list[Generation]:
         """Continues one prompt or a batch of them.
 
@@ -147,6 +149,8 @@ class Engine:
             ignore_eos: go on after the end token (for timing runs of fixed length).
             score: one text per prompt whose loss after it is reported too (`Generation.loss`), as `score` would; the
                 prompt is read only once for both. Not counted in the times.
+            profile: also report seconds by what was computed (`Generation.stats.profile`): embed, search, load,
+                dequantise, linear, attention, other, sample, Python. Slows decoding by a few per cent.
 
         Returns:
             A Generation for a single text, else one per prompt, in order.
@@ -163,7 +167,10 @@ class Engine:
             raise ValueError(f"score: expected one text per prompt, {len(ids)}, got {len(score)}")
         targets = [self._encode(a, "score") for a in score]
         options = Options(max_new_tokens, sampling or Sampling(), stop, on_text, ignore_eos)
-        results = self._run(ids, options, overflow, collect_mass, targets)
+        with collect() if profile else nullcontext() as profiled:
+            results = self._run(ids, options, overflow, collect_mass, targets)
+        if profiled is not None:
+            results[0].stats.profile = profiled.seconds
         return results[0] if single else results
 
     def stream(self, prompt: str | Sequence[int], **options) -> Iterator[str]:

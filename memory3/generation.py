@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
+
+from .profiling import span
+
+PROFILED = ("embed", "search", "load", "sample")  # stages that are no pass of the model: whole in a profile
 
 
 @dataclass
@@ -41,7 +45,8 @@ class Stats:
     prompt_tokens: rows that were prefilled (openings, and the references of "rag", included).
     ttft_s: from the call to the first token (retrieval and prefill included). kv_bytes: key-values held per sequence
     when it ended, memories included. bytes_loaded: record bytes read into slots. retrievals: queries searched for.
-    steps: decode passes. times: seconds by stage (what a prefetch does overlaps with "decode").
+    steps: decode passes. times: seconds by stage (what a prefetch does overlaps with "decode"). profile: the same
+    time again by what was computed, every second once (`memory3.profiling`); empty unless it was asked for.
     """
 
     batch: int = 0
@@ -54,6 +59,7 @@ class Stats:
     retrievals: int = 0
     steps: int = 0
     times: dict[str, float] = field(default_factory=dict)
+    profile: dict[str, float] = field(default_factory=dict)
 
     @property
     def tokens_per_s(self) -> float:
@@ -65,7 +71,8 @@ class Stats:
         """Adds the time of a block to `times[name]`."""
         begin = time.perf_counter()
         try:
-            yield
+            with span(name) if name in PROFILED else nullcontext():
+                yield
         finally:
             self.times[name] = self.times.get(name, 0.0) + time.perf_counter() - begin
 

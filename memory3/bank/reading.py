@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..memory import Memory
+from ..profiling import span
 from .errors import ColdRecord, UnknownRecord
 from .format import (
     HEAD_BYTES,
@@ -76,7 +77,8 @@ def copy_records(
 
     moved = _each(bank, ids, rows, length, bias, stage)
     if ids:
-        moving = bank.codec.decode(staged, layout) if bank.codec else staged
+        with span("dequantise"):
+            moving = bank.codec.decode(staged, layout) if bank.codec else staged
         kv[torch.tensor(rows, device=kv.device)] = moving.to(kv.device, kv.dtype)
     return moved
 

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from .common import DEFAULT_MODEL, ModelOption, ThreadsOption, err, load, out, set_threads
+from .common import DEFAULT_MODEL, ModelOption, ThreadsOption, WeightsOption, err, load, out, set_threads
 from .show import show_reads, show_stats
 
 EXAMPLES = """
@@ -29,6 +29,7 @@ def run(
     seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.")] = None,
     reads: Annotated[bool, typer.Option("--reads", help="After each answer, show the references read.")] = False,
     model: ModelOption = DEFAULT_MODEL,
+    weights: WeightsOption = "auto",
     threads: ThreadsOption = 0,
 ) -> None:
     """Talk to the model; with a bank, every turn retrieves its own memories."""
@@ -39,7 +40,7 @@ def run(
 
     set_threads(threads)
     store = Bank.open(bank) if bank is not None else None
-    engine = Engine(load(model, identity=store.identity if store else None), store)
+    engine = Engine(load(model, identity=store.identity if store else None, weights=weights), store)
     chat, last = Chat(engine, system, overflow=overflow), None
     sampling = Sampling(temperature, top_p=top_p, seed=seed)
     while True:

@@ -18,6 +18,13 @@ err = Console(stderr=True, highlight=False)
 ModelOption = Annotated[
     str, typer.Option("--model", "-m", help="A preset (smollm2-135m), a .gguf file, or a Hugging Face folder.")
 ]
+WeightsOption = Annotated[
+    str,
+    typer.Option(
+        help="Weights of linear layers: auto, checkpoint (a GGUF's own blocks), dense (bf16), q8_0 or q4_1. "
+        "auto: the blocks where there are some."
+    ),
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
 ThreadsOption = Annotated[int, typer.Option("--threads", "-t", help="Threads to compute with; 0: torch's own choice.")]
 BankArgument = Annotated[Path, typer.Argument(help="Folder of the bank.")]
@@ -48,18 +55,19 @@ def set_threads(threads: int) -> None:
         torch.set_num_threads(threads)
 
 
-def load(model: str, quiet: bool = False, identity=None, **overrides):
+def load(model: str, quiet: bool = False, identity=None, weights: str = "auto", **overrides):
     """The model, with a spinner on a terminal.
 
-    identity: a bank's; the model then reads memory as the bank was written. overrides: fields of MemoryConfig to
-    replace (None: keep).
+    weights: as load_model takes them.
+    identity: a bank's; the model then reads memory as the bank was written.
+    overrides: fields of MemoryConfig to replace (None: keep).
     """
     from dataclasses import replace
 
     from .. import MemoryModel, load_model
 
     with nullcontext() if quiet or not err.is_terminal else err.status(f"loading {model}"):
-        loaded = load_model(model)
+        loaded = load_model(model, weights=weights)
     memory = identity.memory_config() if identity is not None else loaded.memory
     memory = replace(memory, **{name: value for name, value in overrides.items() if value is not None})
     if memory == loaded.memory:

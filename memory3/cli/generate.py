@@ -8,8 +8,18 @@ from typing import Annotated
 
 import typer
 
-from .common import DEFAULT_MODEL, JsonOption, ModelOption, ThreadsOption, load, out, print_json, set_threads
-from .show import show_reads, show_stats
+from .common import (
+    DEFAULT_MODEL,
+    JsonOption,
+    ModelOption,
+    ThreadsOption,
+    WeightsOption,
+    load,
+    out,
+    print_json,
+    set_threads,
+)
+from .show import show_profile, show_reads, show_stats
 
 EXAMPLES = """
 [bold]Examples[/bold]\n
@@ -41,7 +51,11 @@ def run(
     chat: Annotated[bool, typer.Option("--chat", help="Put the prompt into the model's chat template.")] = False,
     reads: Annotated[bool, typer.Option("--reads", help="Show the references read, with attention mass.")] = False,
     stats: Annotated[bool, typer.Option("--stats", help="Show tokens/s, bytes, and where the time went.")] = False,
+    profile: Annotated[
+        bool, typer.Option("--profile", help="Show the time by what was computed: linear, attention, embed, search ...")
+    ] = False,
     model: ModelOption = DEFAULT_MODEL,
+    weights: WeightsOption = "auto",
     threads: ThreadsOption = 0,
     as_json: JsonOption = False,
 ) -> None:
@@ -52,10 +66,14 @@ def run(
 
     if memory and bank:
         raise typer.BadParameter("--memory and --bank exclude each other: give texts or a bank")
+    if memory and (stop or chat or reads or stats or profile or top_k or top_p != 1.0):
+        raise typer.BadParameter(
+            "--memory goes with --tokens, --temperature, --seed and --overflow only; write a bank for the other options"
+        )
     set_threads(threads)
     text = sys.stdin.read() if prompt == "-" else prompt.replace("\\n", "\n")
     store = Bank.open(bank) if bank is not None else None
-    net = load(model, as_json, store.identity if store else None)
+    net = load(model, as_json, store.identity if store else None, weights)
     if memory:
         return by_hand(net, text, memory, tokens, temperature, seed, overflow, as_json)
     engine = Engine(net, store, mode=mode, refs=refs, prefetch=prefetch)
@@ -73,6 +91,7 @@ def run(
         overflow=overflow,
         collect_mass=reads or as_json,
         on_text=on_text,
+        profile=profile,
     )[0]
     if as_json:
         document = result.to_dict()
@@ -85,6 +104,8 @@ def run(
         show_reads(result.reads, store)
     if stats:
         show_stats(result.stats)
+    if profile:
+        show_profile(result.stats)
 
 
 def by_hand(net, text: str, texts: list[str], tokens, temperature, seed, overflow: str, as_json: bool) -> None:

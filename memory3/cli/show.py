@@ -40,3 +40,13 @@ def show_stats(stats) -> None:
         share = seconds / stats.total_s if stats.total_s else 0
         table.add_row(f"  {stage}", f"{seconds * 1000:.0f} ms ({share:.0%})")
     out.print(table)
+
+
+def show_profile(stats) -> None:
+    """Seconds by what was computed, each counted once, as a bar chart."""
+    whole = sum(stats.profile.values()) or 1.0
+    table = Table("stage", "ms", "share", "", title="profile", title_justify="left")
+    for stage, seconds in sorted(stats.profile.items(), key=lambda item: -item[1]):
+        share = seconds / whole
+        table.add_row(stage, f"{seconds * 1000:.1f}", f"{share:.1%}", "█" * round(40 * share))
+    out.print(table)

@@ -14,6 +14,7 @@ from .common import (
     JsonOption,
     ModelOption,
     ThreadsOption,
+    WeightsOption,
     layer_list,
     load,
     out,
@@ -59,6 +60,7 @@ def run(
     cold: Annotated[bool, typer.Option("--cold", help="Register text only; memories at first retrieval.")] = False,
     batch: Annotated[int, typer.Option(min=1, help="References encoded and committed at once.")] = 16,
     model: ModelOption = DEFAULT_MODEL,
+    weights: WeightsOption = "auto",
     threads: ThreadsOption = 0,
     as_json: JsonOption = False,
 ) -> None:
@@ -74,7 +76,7 @@ def run(
     report = build_bank(
         bank,
         entries(sources),
-        load(model, as_json, identity, layers=layer_list(layers), tokens=tokens, rule=rule),
+        load(model, as_json, identity, weights, layers=layer_list(layers), tokens=tokens, rule=rule),
         codec=codec,
         limit=limit,
         cold=cold,
