@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -187,12 +187,63 @@ class _Walker:
             return None
         return raw[16 : 16 + size] if values else b""
 
+    def find(self, root: int, key: bytes) -> tuple[bytes, int, int] | None:
+        """(what the leaf holds for a key, the node's flags, the value's size), or None."""
+        page = root
+        for _ in range(64):  # deeper than any tree; a damaged one may go in circles
+            raw = self._read(page) if page != NO_PAGE else None
+            if raw is None:
+                return None
+            _, _, flags, lower, _ = _PAGE.unpack_from(raw)
+            branch, count = bool(flags & BRANCH), max(0, min(lower, len(raw)) - 16) // 2
+            first, last = (1 if branch else 0), count  # a branch's first key stands for everything below the second
+            while first < last:  # the first node with a larger key
+                middle = (first + last) // 2
+                (at,) = struct.unpack_from("<H", raw, 16 + 2 * middle)
+                (key_size,) = struct.unpack_from("<H", raw, at + 6)
+                if raw[at + 8 : at + 8 + key_size] <= key:
+                    first = middle + 1
+                else:
+                    last = middle
+            if first == 0:
+                return None
+            (at,) = struct.unpack_from("<H", raw, 16 + 2 * (first - 1))
+            low, high, node_flags, key_size = _NODE.unpack_from(raw, at)
+            if branch:
+                page = low | high << 16 | node_flags << 32
+                continue
+            start, size = at + 8 + key_size, low | high << 16
+            if raw[at + 8 : start] != key:
+                return None
+            return raw[start : start + (8 if node_flags & BIGDATA else size)], node_flags, size
+        return None
+
     def every_leaf(self) -> Iterator[Entry]:
         """Entries of every page that looks like a leaf, in the file's order, whether a tree reaches it or not."""
         for page in range(2, self._pages):
             raw = self._read(page)
             if raw is not None and _PAGE.unpack_from(raw)[2] & ~0x10 == LEAF:
                 yield from self.leaf(raw)
+
+
+def places(file: BinaryIO, path: Path, database: str, keys: Sequence[bytes]) -> list[tuple[int, int]]:
+    """(offset, bytes) in the file of the values of `keys` that have pages of their own, by the newest commit.
+
+    Keys that are not there, and small values inside leaf pages, are left out. Raises BankTruncated without a meta page.
+    """
+    meta = read_meta(file, path)
+    walker = _Walker(file, meta.page_size)
+    named = walker.find(meta.main_root, database.encode("ascii"))
+    if named is None or not named[1] & SUBDATA:
+        return []
+    (root,) = struct.unpack_from("<Q", named[0], 40)
+    found = []
+    for key in keys:
+        hit = walker.find(root, key)
+        if hit is not None and hit[1] & BIGDATA:
+            (page,) = struct.unpack_from("<Q", hit[0])
+            found.append((page * meta.page_size, hit[2] + 16))
+    return found
 
 
 def _nodes(raw: bytes) -> Iterator[tuple[int, int, int, int, int]]:

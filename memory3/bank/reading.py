@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..memory import Memory
 from ..profiling import span
+from .ahead import announce
 from .errors import ColdRecord, UnknownRecord
 from .format import (
     HEAD_BYTES,
@@ -116,6 +117,7 @@ def _each(
     moved, cold = 0, []
     with bank.read() as txn:
         records = bank.env.db("records")
+        announce(bank.env.data_path, "records", ids)
         for n, record_id in enumerate(ids):
             value = txn.get(record_id, db=records) or bank.unsaved.get(record_id)
             if value is None:
