@@ -14,8 +14,17 @@ import torch
 from . import _backends
 
 NAMESPACE = "memory3"
+FORWARD_NAMESPACE = "memory3_forward"
 _library = torch.library.Library(NAMESPACE, "DEF")
+_forward_library = torch.library.Library(FORWARD_NAMESPACE, "DEF")
 OPS: dict[str, Op] = {}
+
+_forced = _backends._forced
+_is_compiling = torch.compiler.is_compiling
+_is_grad_enabled = torch.is_grad_enabled
+_any_requires_grad = torch._C._any_requires_grad
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_transform = torch._C._functorch.maybe_current_level
 
 HALF = (torch.bfloat16, torch.float16)
 
@@ -81,11 +90,33 @@ class Op:
     compare: Callable | None = None
     mutates: tuple[int, ...] = ()
     overload: Callable = field(init=False, repr=False)
+    forward: Callable = field(init=False, repr=False)  # the same kernels in `memory3_forward`, without autograd's
 
     def __call__(self, *args, **kwargs):
         """Calls the op: through the dispatcher, or a forced backend (`_backends.use_backend`)."""
+        # Where autograd, a tracer, a mode, a transform or a forced backend has no say, the twin without the kernels of
+        # autograd and version counting is called: these are Python functions, which take longer than an empty call.
+        if (
+            _is_compiling()
+            or _forced
+            or (_is_grad_enabled() and _any_requires_grad(*args))
+            or _dispatch_modes()
+            or _transform() is not None
+        ):
+            return self._call_with_everything(*args, **kwargs)
+        try:
+            for i in self.mutates:
+                if not args[i].is_inference():
+                    torch._C._increment_version((args[i],))
+            return self.forward(*args, **kwargs)
+        except RuntimeError:
+            if not _any_float64(args):
+                raise
+        return self.reference(*args, **kwargs)
+
+    def _call_with_everything(self, *args, **kwargs):
         backend = _backends.forced(self.name)
-        if backend is None and not any(isinstance(a, torch.Tensor) and a.dtype is torch.float64 for a in args):
+        if backend is None and not _any_float64(args):
             return self.overload(*args, **kwargs)
         if backend is not None:
             _backends.choose(self, args)  # raises where the forced backend cannot serve
@@ -94,6 +125,10 @@ class Op:
         if self.backward is None:
             refuse_gradient(self.name, args)
         return self.reference(*args, **kwargs)
+
+
+def _any_float64(args: Iterable) -> bool:
+    return any(isinstance(a, torch.Tensor) and a.dtype is torch.float64 for a in args)
 
 
 def refuse_gradient(name: str, args: Iterable) -> None:
@@ -142,5 +177,11 @@ def register(op: Op) -> Op:
         _forbid_gradient(op)
     if op.mutates:
         _count_versions(op)
+    _forward_library.define(op.name + op.schema)
+    forward = getattr(getattr(torch.ops, FORWARD_NAMESPACE), op.name).default
+    _forward_library.impl(op.name, op.reference, "CompositeExplicitAutograd")
+    _forward_library.impl(op.name, torch.library.fallthrough_kernel, "Autograd")
+    torch.library.register_fake(f"{FORWARD_NAMESPACE}::{op.name}", op.fake, lib=_forward_library)
+    object.__setattr__(op, "forward", forward._op)  # without the Python frame of OpOverload
     OPS[op.name] = op
     return op

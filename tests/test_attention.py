@@ -14,6 +14,8 @@ from memory3_kernels.testing.compare import assert_close
 BACKENDS = ["reference"] if os.environ.get("M3_NATIVE") == "0" else ["native", "reference"]
 SPEC = Spec(heads=(6, 2), dim=32, sequences=((70, 90), (5, 5)), chunk=32, refs=3, tokens=6, slots=5,
             lengths=(6, 0, 3, 6, 1), bias="normal")  # fmt: skip
+# Eight KV heads side by side, read together by one thread and in parts by several; odd numbers of keys.
+WIDE = Spec(heads=(32, 8), dim=128, sequences=((1, 151), (1, 70), (2, 64)), refs=2, tokens=5, slots=4)
 DECODE = Spec(heads=(6, 2), dim=32, sequences=((1, 150), (4, 70), (1, 0)), refs=3, tokens=6, slots=5, arena=True)
 
 
@@ -77,7 +79,8 @@ def test_coded_equals_dense_on_decoded_records(dtype):
 
 
 @pytest.mark.parametrize("make, op", [(attention_sample(SPEC), m3.memory_attention),
-                                      (decode_sample(DECODE), m3.memory_decode)])  # fmt: skip
+                                      (decode_sample(DECODE), m3.memory_decode),
+                                      (decode_sample(WIDE), m3.memory_decode)])  # fmt: skip
 def test_results_do_not_depend_on_the_thread_count(threads, make, op):
     args, kwargs = sample(make, torch.bfloat16)
     threads(1)

@@ -97,7 +97,28 @@ def test_all_is_sorted_and_real():
 def test_a_second_registration_is_refused():
     op = OPS["gather_memory"]
     with pytest.raises(ValueError, match="'gather_memory' is registered twice"):
-        register(Op(**{f: getattr(op, f) for f in Op.__dataclass_fields__ if f != "overload"}))
+        register(Op(**{f: getattr(op, f) for f in Op.__dataclass_fields__ if f not in ("overload", "forward")}))
+
+
+@pytest.mark.parametrize("op", ALL)
+def test_the_forward_twin_has_the_op_s_kernels(op):
+    """Calls that nothing but a kernel has a say in go to memory3_forward: the same schema and kernels, no autograd."""
+    twin = getattr(torch.ops.memory3_forward, op.name).default
+    assert str(twin._schema).replace("memory3_forward::", "memory3::") == str(op.overload._schema)
+    kernels = torch._C._dispatch_dump(f"memory3_forward::{op.name}")
+    assert "CPU: " in kernels or not NATIVE
+    assert "[ fallthrough boxed ]" in kernels
+
+
+def test_a_call_of_a_fake_tensor_traces():
+    args, kwargs = sample(OPS["gather_memory"])
+    mode = torch._subclasses.FakeTensorMode()
+    fakes = [mode.from_tensor(a) for a in args]
+    for context in (mode, torch.no_grad()):
+        with context:
+            out = memory3_kernels.gather_memory(*fakes, **kwargs)
+        assert isinstance(out, torch._subclasses.FakeTensor)
+        assert out.shape == OPS["gather_memory"].reference(*args, **kwargs).shape
 
 
 def test_explain():

@@ -33,7 +33,7 @@ inline BookArgs book_args(const Tensor& coarse, const Tensor& fine, const std::o
                   coarse_name, ": expected float32 or float16 tables, got ",
                   torch::headeronly::toString(coarse.scalar_type()));
   expect_type(fine, fine_name.c_str(), coarse.scalar_type());
-  BookArgs args{torch::stable::contiguous(coarse), torch::stable::contiguous(fine), std::nullopt, {}};
+  BookArgs args{as_contiguous(coarse), as_contiguous(fine), std::nullopt, {}};
   M3Book& book = args.view;
   book.dtype = half ? M3_F16 : M3_F32;
   book.coarse_bits = table_bits(coarse, coarse_name), book.fine_bits = table_bits(fine, fine_name);
@@ -47,7 +47,7 @@ inline BookArgs book_args(const Tensor& coarse, const Tensor& fine, const std::o
   if (rot) {
     expect_shape(*rot, rot_name.c_str(), {book.dim, book.dim});
     expect_type(*rot, rot_name.c_str(), ScalarType::Float);
-    args.rot = torch::stable::contiguous(*rot);
+    args.rot = as_contiguous(*rot);
     book.rot = args.rot->const_data_ptr<float>();
   }
   book.coarse = args.coarse.const_data_ptr(), book.fine = args.fine.const_data_ptr();

@@ -16,9 +16,9 @@ Tensor gather_dequantize(const Tensor& codes, const Tensor& slots, const Tensor&
   expect_shape(codes, "codes", {-1, -1, m3_book_record_bytes(&book.view, tokens)});
   expect_shape(slots, "slots", {-1});
   expect_type(slots, "slots", ScalarType::Int);
-  const Tensor slot = torch::stable::contiguous(slots);
+  const Tensor slot = as_contiguous(slots);
   p.slots = codes.size(0), p.heads = codes.size(1), p.records = slots.size(0), p.tokens = tokens;
-  Tensor out = torch::stable::new_empty(coarse, {p.records, p.heads, tokens, book.view.dim}, dtype);
+  Tensor out = empty_cpu({p.records, p.heads, tokens, book.view.dim}, dtype);
   p.book = book.view;
   p.codes = codes.const_data_ptr<uint8_t>(), p.slot = slot.const_data_ptr<int32_t>();
   p.out = out.mutable_data_ptr();

@@ -16,8 +16,8 @@ Tensor gather_memory(const Tensor& k, const Tensor& v, const Tensor& index) {
   expect_shape(index, "index", {refs, heads, -1});
   expect_type(index, "index", ScalarType::Int);
   const int64_t tokens = index.size(2);
-  const Tensor at = torch::stable::contiguous(index);
-  Tensor kv = torch::stable::new_empty(k, {refs, 2, heads, tokens, dim});
+  const Tensor at = as_contiguous(index);
+  Tensor kv = empty_cpu({refs, 2, heads, tokens, dim}, k.scalar_type());
   M3GatherMemoryParams p{};
   p.refs = refs, p.rows = rows, p.heads = heads, p.tokens = tokens, p.dim = dim;
   p.element_size = static_cast<int64_t>(k.element_size());

@@ -13,9 +13,9 @@ std::tuple<Tensor, Tensor, Tensor> memory_attention(
   AttentionArgs args;
   M3MemoryAttentionParams& p = attention_args(args, q, k, v, cu_q, cu_k, cu_chunk, mem_k, mem_v, mem_slot, mem_len,
                                               mem_bias, head_map, scale, max_q, max_k, max_chunk);
-  Tensor out = torch::stable::new_empty(q, {p.rows, p.heads, p.dim});
-  Tensor lse = torch::stable::new_empty(q, {p.rows, p.heads}, ScalarType::Float);
-  Tensor mass = torch::stable::new_empty(q, {p.rows, p.heads, p.memory.refs}, ScalarType::Float);
+  Tensor out = empty_cpu({p.rows, p.heads, p.dim}, q.scalar_type());
+  Tensor lse = empty_cpu({p.rows, p.heads}, ScalarType::Float);
+  Tensor mass = empty_cpu({p.rows, p.heads, p.memory.refs}, ScalarType::Float);
   p.out = out.mutable_data_ptr();
   p.lse = lse.mutable_data_ptr<float>();
   p.mass = mass.mutable_data_ptr<float>();

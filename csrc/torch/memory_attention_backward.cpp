@@ -1,3 +1,4 @@
+#include <cstring>
 #include <vector>
 
 #include "torch/memory_attention_args.h"
@@ -6,10 +7,12 @@ namespace m3::binding {
 namespace {
 
 Tensor zeros_like(const Tensor& q, const MaybeTensor& like) {
-  if (!like) return torch::stable::new_empty(q, {0});
+  if (!like) return empty_cpu({0}, q.scalar_type());
   std::vector<int64_t> shape;
   for (int64_t i = 0; i < like->dim(); ++i) shape.push_back(like->size(i));
-  return torch::stable::new_zeros(*like, shape);
+  Tensor zeros = empty_cpu(shape, like->scalar_type());
+  std::memset(zeros.mutable_data_ptr(), 0, static_cast<size_t>(zeros.numel()) * zeros.element_size());
+  return zeros;
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> memory_attention_backward(
@@ -31,8 +34,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> memory_attention_back
   expect_type(grad_lse, "grad_lse", ScalarType::Float);
   expect_shape(lse, "lse", {rows, heads});
   expect_type(lse, "lse", ScalarType::Float);
-  const Tensor g = torch::stable::contiguous(grad_out), u = torch::stable::contiguous(grad_lse);
-  const Tensor o = torch::stable::contiguous(out), l = torch::stable::contiguous(lse);
+  const Tensor g = as_contiguous(grad_out), u = as_contiguous(grad_lse);
+  const Tensor o = as_contiguous(out), l = as_contiguous(lse);
   p.grad_out = g.const_data_ptr();
   p.grad_lse = u.const_data_ptr<float>();
   // The core only reads these two here; the struct is the forward's, where they are outputs.
@@ -40,12 +43,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> memory_attention_back
   p.forward.lse = const_cast<float*>(l.const_data_ptr<float>());
 
   const MaybeTensor absent;
-  Tensor grad_q = torch::stable::new_empty(q, {rows, heads, dim});
+  Tensor grad_q = empty_cpu({rows, heads, dim}, q.scalar_type());
   Tensor grad_k = zeros_like(q, k), grad_v = zeros_like(q, v);
   Tensor grad_mem_k = zeros_like(q, memory_grad ? MaybeTensor(mem_k) : absent);
   Tensor grad_mem_v = zeros_like(q, memory_grad ? MaybeTensor(mem_v) : absent);
   const bool bias_grad = memory_grad && mem_bias.has_value();
-  Tensor grad_mem_bias = bias_grad ? zeros_like(q, mem_bias) : torch::stable::new_empty(q, {0}, ScalarType::Float);
+  Tensor grad_mem_bias = bias_grad ? zeros_like(q, mem_bias) : empty_cpu({0}, ScalarType::Float);
   p.grad_q = grad_q.mutable_data_ptr();
   p.grad_k = k ? grad_k.mutable_data_ptr() : nullptr;
   p.grad_v = k ? grad_v.mutable_data_ptr() : nullptr;

@@ -58,9 +58,9 @@ inline M3MemoryDecodeParams& decode_args(DecodeArgs& args, const Tensor& q, cons
 
 // out, lse, mass; call after the records are set.
 inline std::tuple<Tensor, Tensor, Tensor> decode_outputs(M3MemoryDecodeParams& p, const Tensor& q) {
-  Tensor out = torch::stable::new_empty(q, {p.rows, p.heads, p.dim});
-  Tensor lse = torch::stable::new_empty(q, {p.rows, p.heads}, ScalarType::Float);
-  Tensor mass = torch::stable::new_empty(q, {p.rows, p.heads, p.memory.refs}, ScalarType::Float);
+  Tensor out = empty_cpu({p.rows, p.heads, p.dim}, q.scalar_type());
+  Tensor lse = empty_cpu({p.rows, p.heads}, ScalarType::Float);
+  Tensor mass = empty_cpu({p.rows, p.heads, p.memory.refs}, ScalarType::Float);
   p.out = out.mutable_data_ptr();
   p.lse = lse.mutable_data_ptr<float>();
   p.mass = mass.mutable_data_ptr<float>();

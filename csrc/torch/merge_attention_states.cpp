@@ -16,10 +16,10 @@ std::tuple<Tensor, Tensor> merge_attention_states(const Tensor& out_a, const Ten
   expect_shape(lse_b, "lse_b", {tokens, heads});
   expect_type(lse_a, "lse_a", ScalarType::Float);
   expect_type(lse_b, "lse_b", ScalarType::Float);
-  const Tensor a = torch::stable::contiguous(out_a), b = torch::stable::contiguous(out_b);
-  const Tensor la = torch::stable::contiguous(lse_a), lb = torch::stable::contiguous(lse_b);
-  Tensor out = torch::stable::new_empty(a, {tokens, heads, dim});
-  Tensor lse = torch::stable::new_empty(la, {tokens, heads});
+  const Tensor a = as_contiguous(out_a), b = as_contiguous(out_b);
+  const Tensor la = as_contiguous(lse_a), lb = as_contiguous(lse_b);
+  Tensor out = empty_cpu({tokens, heads, dim}, a.scalar_type());
+  Tensor lse = empty_cpu({tokens, heads}, la.scalar_type());
   M3MergeAttentionStatesParams p{tokens, heads, dim, dtype, a.const_data_ptr(), b.const_data_ptr(),
                                  la.const_data_ptr<float>(), lb.const_data_ptr<float>(), out.mutable_data_ptr(),
                                  lse.mutable_data_ptr<float>()};

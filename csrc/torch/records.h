@@ -11,12 +11,12 @@ typedef std::optional<Tensor> MaybeTensor;
 inline Tensor index_tensor(const Tensor& t, const char* name, std::initializer_list<int64_t> shape) {
   expect_shape(t, name, shape);
   expect_type(t, name, ScalarType::Int);
-  return torch::stable::contiguous(t);
+  return as_contiguous(t);
 }
 
 // Offsets [n + 1], n >= 0.
 inline Tensor offsets(const Tensor& t, const char* name) {
-  const Tensor found = index_tensor(t, name, {-1});
+  Tensor found = index_tensor(t, name, {-1});
   STD_TORCH_CHECK(found.size(0) > 0, name, ": expected at least one offset, got none");
   return found;
 }

@@ -9,16 +9,16 @@ void scatter_memory(Tensor arena, const Tensor& records, const Tensor& slots) {
   STD_TORCH_CHECK(arena.dim() >= 1 && arena.dim() <= M3_SCATTER_MAX_DIMS, "arena: expected shape [S, ...] of at most ",
                   M3_SCATTER_MAX_DIMS, " dimensions, got ", shape_of(arena));
   bool same = records.dim() == arena.dim();
-  std::string wanted = "[*";
-  for (int64_t d = 1; d < arena.dim(); ++d) {
-    same = same && records.size(d) == arena.size(d);
-    wanted += ", " + std::to_string(arena.size(d));
+  for (int64_t d = 1; same && d < arena.dim(); ++d) same = records.size(d) == arena.size(d);
+  if (!same) {
+    std::string wanted = "[*";
+    for (int64_t d = 1; d < arena.dim(); ++d) wanted += ", " + std::to_string(arena.size(d));
+    STD_TORCH_CHECK(false, "records: expected shape ", wanted, "], got ", shape_of(records));
   }
-  STD_TORCH_CHECK(same, "records: expected shape ", wanted, "], got ", shape_of(records));
   expect_type(records, "records", arena.scalar_type());
   expect_shape(slots, "slots", {records.size(0)});
   expect_type(slots, "slots", ScalarType::Int);
-  const Tensor slot = torch::stable::contiguous(slots);
+  const Tensor slot = as_contiguous(slots);
   M3ScatterMemoryParams p{};
   p.slots = arena.size(0), p.records = records.size(0), p.dims = arena.dim() - 1;
   p.element_size = static_cast<int64_t>(arena.element_size());

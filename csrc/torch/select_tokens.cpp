@@ -29,8 +29,8 @@ Tensor select_tokens(const Tensor& q, const Tensor& k, const Tensor& length, int
   expect_type(length, "length", ScalarType::Int);
   STD_TORCH_CHECK(tokens > 0 && tokens <= M3_SELECT_MAX_TOKENS, "tokens: expected 1..", M3_SELECT_MAX_TOKENS, ", got ",
                   tokens);
-  const Tensor lengths = torch::stable::contiguous(length);
-  Tensor index = torch::stable::new_empty(lengths, {refs, kv_heads, tokens});
+  const Tensor lengths = as_contiguous(length);
+  Tensor index = empty_cpu({refs, kv_heads, tokens}, lengths.scalar_type());
   M3SelectTokensParams p{};
   p.refs = refs, p.rows = rows, p.q_heads = q.size(2), p.kv_heads = kv_heads, p.dim = dim;
   p.tokens = tokens, p.start = start, p.scale = static_cast<float>(scale);
@@ -41,7 +41,7 @@ Tensor select_tokens(const Tensor& q, const Tensor& k, const Tensor& length, int
   const int64_t threads = torch::stable::get_num_threads(), tasks = refs * kv_heads;
   p.workers = tasks < threads ? (tasks > 0 ? tasks : 1) : threads;
   Tensor workspace =
-      torch::stable::new_empty(lengths, {p.workers, m3_select_tokens_workspace(&p)}, ScalarType::Float);
+      empty_cpu({p.workers, m3_select_tokens_workspace(&p)}, ScalarType::Float);
   p.workspace = workspace.mutable_data_ptr<float>();
   check(m3_select_tokens_cpu(&p));
   return index;

@@ -2,22 +2,15 @@
 // Only memory safety is checked here (device, dtype, shape, stride); value ranges of index tensors are the core's.
 #pragma once
 
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
-
 #include <initializer_list>
 #include <optional>
 #include <string>
 #include <tuple>
 
 #include "m3/api.h"
+#include "torch/box.h"
 
 namespace m3::binding {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 
 inline std::string shape_of(const Tensor& t) {
   std::string s = "[";
@@ -70,6 +63,12 @@ inline void check(m3_status status) { STD_TORCH_CHECK(status == M3_OK, m3_last_e
 
 }  // namespace m3::binding
 
-// Registers `function` as the CPU kernel of memory3::op. The schema is defined in Python (memory3_kernels/ops).
-#define M3_REGISTER_CPU(op, function) \
-  STABLE_TORCH_LIBRARY_IMPL(memory3, CPU, m) { m.impl(#op, TORCH_BOX(&function)); }
+// Registers `function` as the CPU kernel of memory3::op, and of its twin without autograd that calls outside of a graph
+// take. The schemas are defined in Python (memory3_kernels/_registry.py).
+#define M3_REGISTER_CPU(op, function)                            \
+  STABLE_TORCH_LIBRARY_IMPL(memory3, CPU, m) {                   \
+    m.impl(#op, &::m3::binding::boxed_kernel<&function>);        \
+  }                                                              \
+  STABLE_TORCH_LIBRARY_IMPL(memory3_forward, CPU, m) {           \
+    m.impl(#op, &::m3::binding::boxed_kernel<&function>);        \
+  }

@@ -23,8 +23,8 @@ Tensor vq_dequantize(const Tensor& codes, const Tensor& coarse, const Tensor& fi
   for (int64_t d = 0; d < lead; ++d) shape.push_back(codes.size(d)), p.vectors *= codes.size(d);
   shape.push_back(book.view.dim);
   // Rows at one distance are read in place, anything else from a packed copy (a small part of what is written).
-  const Tensor rows = lead <= 1 ? codes : torch::stable::contiguous(codes);
-  Tensor out = torch::stable::new_empty(coarse, shape, dtype);
+  const Tensor rows = lead <= 1 ? codes : as_contiguous(codes);
+  Tensor out = empty_cpu(shape, dtype);
   p.book = book.view;
   p.codes = rows.const_data_ptr<uint8_t>(), p.out = out.mutable_data_ptr();
   p.code_stride = lead == 1 ? codes.stride(0) : width;

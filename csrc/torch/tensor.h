@@ -1,0 +1,156 @@
+// A tensor as bindings see it: torch's handle, with sizes and strides at hand. torch::stable::Tensor asks libtorch for
+// every single one and shares ownership; a call of an op has a dozen tensors and looks at each a dozen times.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <cstdint>
+#include <utility>
+
+namespace m3::binding {
+
+using torch::headeronly::ScalarType;
+
+inline int32_t shim_dtype(ScalarType type) {
+  return torch::stable::detail::to<int32_t>(torch::stable::detail::from(type));
+}
+
+inline ScalarType type_of_shim(int32_t type) {
+  static const int32_t kFloat = aoti_torch_dtype_float32(), kBFloat16 = aoti_torch_dtype_bfloat16(),
+                       kHalf = aoti_torch_dtype_float16(), kInt = aoti_torch_dtype_int32(),
+                       kByte = aoti_torch_dtype_uint8(), kLong = aoti_torch_dtype_int64();
+  if (type == kFloat) return ScalarType::Float;
+  if (type == kBFloat16) return ScalarType::BFloat16;
+  if (type == kHalf) return ScalarType::Half;
+  if (type == kInt) return ScalarType::Int;
+  if (type == kByte) return ScalarType::Byte;
+  if (type == kLong) return ScalarType::Long;
+  return torch::stable::detail::to<ScalarType>(torch::stable::detail::from(type));
+}
+
+class Tensor {
+ public:
+  Tensor() = default;
+  // Takes the handle over; owned = false: the handle is somebody else's, who outlives this.
+  explicit Tensor(AtenTensorHandle handle, bool owned = true) : handle_(handle), owned_(owned) {
+    int64_t *sizes, *strides;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dim(handle, &dim_));
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_sizes(handle, &sizes));
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_strides(handle, &strides));
+    sizes_ = sizes, strides_ = strides;
+  }
+  Tensor(const torch::stable::Tensor& t) : Tensor(duplicate(t.get())) {}
+  Tensor(const Tensor& other) : Tensor(other.handle_ ? Tensor(duplicate(other.handle_)) : Tensor()) {}
+  Tensor(Tensor&& other) noexcept { swap(other); }
+  Tensor& operator=(Tensor other) noexcept {
+    swap(other);
+    return *this;
+  }
+  ~Tensor() {
+    if (handle_ && owned_) aoti_torch_delete_tensor_object(handle_);
+  }
+
+  operator torch::stable::Tensor() const { return torch::stable::Tensor(duplicate(handle_)); }
+  Tensor borrow() const { return Tensor(handle_, false); }
+  // The handle for whoever owns it from now on.
+  AtenTensorHandle release() {
+    const AtenTensorHandle given = owned_ ? handle_ : duplicate(handle_);
+    owned_ = false;
+    return given;
+  }
+
+  int64_t dim() const { return dim_; }
+  int64_t size(int64_t i) const { return sizes_[checked(i)]; }
+  int64_t stride(int64_t i) const { return strides_[checked(i)]; }
+  int64_t numel() const {
+    int64_t n = 1;
+    for (int64_t i = 0; i < dim_; ++i) n *= sizes_[i];
+    return n;
+  }
+  bool is_contiguous() const {
+    int64_t expected = 1;
+    for (int64_t i = dim_; i-- > 0;) {
+      if (sizes_[i] != 1 && strides_[i] != expected) return numel() == 0;
+      expected *= sizes_[i];
+    }
+    return true;
+  }
+  ScalarType scalar_type() const {
+    int32_t type;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(handle_, &type));
+    return type_of_shim(type);
+  }
+  size_t element_size() const {
+    int32_t type;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(handle_, &type));
+    return aoti_torch_dtype_element_size(type);
+  }
+  const void* const_data_ptr() const {
+    const void* data;
+    STABLE_TORCH_ERROR_CODE_CHECK(torch_get_const_data_ptr(handle_, &data));
+    return data;
+  }
+  void* mutable_data_ptr() const {
+    void* data;
+    STABLE_TORCH_ERROR_CODE_CHECK(torch_get_mutable_data_ptr(handle_, &data));
+    return data;
+  }
+  // The caller has checked the element type (expect_type).
+  template <class T>
+  const T* const_data_ptr() const {
+    return static_cast<const T*>(const_data_ptr());
+  }
+  template <class T>
+  T* mutable_data_ptr() const {
+    return static_cast<T*>(mutable_data_ptr());
+  }
+
+ private:
+  static AtenTensorHandle duplicate(AtenTensorHandle handle) {
+    AtenTensorHandle made;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_new_tensor_handle(handle, &made));
+    return made;
+  }
+  int64_t checked(int64_t i) const {
+    STD_TORCH_CHECK(i >= 0 && i < dim_, "dimension ", i, " of a tensor that has ", dim_);
+    return i;
+  }
+  void swap(Tensor& other) noexcept {
+    std::swap(handle_, other.handle_), std::swap(owned_, other.owned_), std::swap(dim_, other.dim_);
+    std::swap(sizes_, other.sizes_), std::swap(strides_, other.strides_);
+  }
+
+  AtenTensorHandle handle_ = nullptr;
+  bool owned_ = false;
+  int64_t dim_ = 0;
+  const int64_t *sizes_ = nullptr, *strides_ = nullptr;
+};
+
+// torch::stable's functions of these names go through the dispatcher, about a microsecond each: too much for operands
+// that are nearly always as they should be, and for outputs whose place and layout are known.
+
+// `t` itself where it is contiguous: the result must not outlive it.
+inline Tensor as_contiguous(const Tensor& t) {
+  return t.is_contiguous() ? t.borrow() : Tensor(torch::stable::contiguous(t));
+}
+
+// Uninitialised, contiguous, on the CPU.
+inline Tensor empty_cpu(torch::headeronly::IntHeaderOnlyArrayRef shape, ScalarType type) {
+  constexpr size_t kMost = 16;
+  const size_t dims = shape.size();
+  STD_TORCH_CHECK(dims <= kMost, "a result of ", dims, " dimensions: expected at most ", kMost);
+  int64_t strides[kMost];
+  int64_t stride = 1;
+  for (size_t i = dims; i-- > 0;) {
+    strides[i] = stride;
+    stride *= shape[i] > 1 ? shape[i] : 1;
+  }
+  AtenTensorHandle made;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(dims), shape.data(), strides,
+                                                         shim_dtype(type), aoti_torch_device_type_cpu(), 0, &made));
+  return Tensor(made);
+}
+
+}  // namespace m3::binding
