@@ -160,6 +160,12 @@ inline void add_mass(QueryTile& tile, int lo, int m, const KeyBlock<T>& block) {
           sum_run(tile.p + i * kBlock + block.runs[r].begin, block.runs[r].end - block.runs[r].begin);
 }
 
+// Cache lines of a row.
+template <class T>
+inline int row_lines(int dim) {
+  return (dim * static_cast<int>(sizeof(T)) + 63) / 64;
+}
+
 struct Nothing {
   void operator()(int) const {}
 };
@@ -176,7 +182,7 @@ inline void few_scores(QueryTile& tile, int lo, int m, const Row& row, int count
   } else {
     const T* rows[kBlock];
     for (int j = 0; j < count; ++j) rows[j] = row(j);
-    step(count);
+    step(count * row_lines<T>(tile.dim));
     dot(tile.q + lo * tile.ld, tile.ld, m, rows, count, tile.dim, p, kBlock);
   }
 }
@@ -193,7 +199,7 @@ inline void few_values(QueryTile& tile, int lo, int m, const Row& row, int count
   } else {
     const T* rows[kBlock];
     for (int j = 0; j < count; ++j) rows[j] = row(j);
-    step(count);
+    step(count * row_lines<T>(tile.dim));
     gemm(Strided{tile.p + lo * kBlock + at, kBlock, 1}, RowPointers<T>{rows}, m, tile.dim, count, acc, tile.ld, true);
   }
 }

@@ -143,7 +143,7 @@ inline void pack_row_pairs(const BF16* const* rows, int count, int dim, uint32_t
 }
 
 // ---- few rows of A, B read once as it lies --------------------------------------------------------------------
-// step(n): called for every n rows of B, for what should happen meanwhile.
+// step(n): called for every n cache lines of B, for what should happen meanwhile.
 
 // c[i, j] = factor a_i . row j, with row(j) the rows of B. C is written up to the next multiple of kLanes.
 template <int M, class Row, class Step>
@@ -176,7 +176,7 @@ inline void pair_dot_rows(const uint32_t* a, int64_t lda, const Row& row, int co
           acc[i * kKeys + n] = dot_pairs(acc[i * kKeys + n], load_pairs(a + i * lda + d / 2), y);
       }
     }
-    step(kKeys);
+    step(kKeys * ((dim + kPairRow - 1) / kPairRow));
     float sums[kLanes];
     store(sums, sum_each(acc) * factor);
 #pragma GCC unroll 4
@@ -207,7 +207,7 @@ inline void pair_add_lines(const uint32_t* weights, int64_t ldw, const Row& row,
 #pragma GCC unroll 8
       for (int n = 0; n < 2 * Lines; ++n) acc[i][n] = dot_pairs(acc[i][n], y, x[n]);
     }
-    step(Lines);
+    step(2 * Lines);
   }
 #pragma GCC unroll 4
   for (int i = 0; i < M; ++i)

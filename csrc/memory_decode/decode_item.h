@@ -36,23 +36,25 @@ struct Ahead {
 
   template <class T>
   static Ahead rows(const T* first, int64_t stride, int64_t width, int count) {
-    return {reinterpret_cast<const char*>(first), stride * static_cast<int64_t>(sizeof(T)),
-            static_cast<int>(width * sizeof(T)), 0, count};
+    Ahead made{reinterpret_cast<const char*>(first), stride * static_cast<int64_t>(sizeof(T)),
+               static_cast<int>(width * sizeof(T)), 0, count};
+    if (made.pitch == made.span) made.span *= count, made.left = 1;  // one stretch
+    return made;
   }
 
-  void lines(int n) {
-    for (; n > 0 && left > 0; --n) {
-      __builtin_prefetch(row + at, 0, 2);
-      at += 64;
+  // The next n lines.
+  void operator()(int n) {
+    while (n > 0 && left > 0) {
+      if (n >= 4 && at + 256 <= span) {
+        for (int i = 0; i < 4; ++i) __builtin_prefetch(row + at + 64 * i, 0, 2);
+        at += 256, n -= 4;
+      } else {
+        __builtin_prefetch(row + at, 0, 2);
+        at += 64, --n;
+      }
       if (at >= span) at = 0, row += pitch, --left;
     }
   }
-};
-
-struct LinesAhead {
-  Ahead* ahead;
-  int lines;  // per row that is worked on
-  void operator()(int rows) const { ahead->lines(rows * lines); }
 };
 
 // Rows of cache that are worked on at a time: about as much as the first-level cache holds. At least the smallest page
@@ -76,7 +78,7 @@ void consume_cache(const M3MemoryDecodeParams& p, int64_t b, int64_t head, int h
                 v_width = (heads - 1) * p.v_stride[2] + tile.dim;
   int step = stage_rows(sizeof(T) * (k_width > v_width ? k_width : v_width));
   if (pages && step > p.page) step = static_cast<int>(p.page);
-  const int m = rows * group, lines = (tile.dim * static_cast<int>(sizeof(T)) + 63) / 64;
+  const int m = rows * group;
   int seen[kTileRows];
 
   const auto ahead_of = [&](const CacheSide<T>& side, int64_t width, int64_t at, int64_t end) {
@@ -89,11 +91,10 @@ void consume_cache(const M3MemoryDecodeParams& p, int64_t b, int64_t head, int h
     for (int s = 0; s < count; s += step) {
       const int n = count - s < step ? count - s : step;
       Ahead next = s + n < count ? ahead_of(k, k_width, at + s + n, end) : ahead_of(v, v_width, at, end);
-      const LinesAhead meanwhile{&next, lines};
       const T* first = k.row(at + s);
       for (int h = 0; h < heads; ++h)
         few_scores<T>(tile, h * m, m, [&](int j) { return first + h * p.k_stride[2] + j * p.k_stride[1]; }, n, s,
-                      meanwhile);
+                      next);
     }
     const int* visible = causal(limit, rows, group, at, count, seen);
     for (int h = 0; h < heads; ++h) mask_scores(nullptr, count, visible, m, tile.p + h * m * kBlock);
@@ -101,11 +102,10 @@ void consume_cache(const M3MemoryDecodeParams& p, int64_t b, int64_t head, int h
     for (int s = 0; s < count; s += step) {
       const int n = count - s < step ? count - s : step;
       Ahead next = s + n < count ? ahead_of(v, v_width, at + s + n, end) : ahead_of(k, k_width, end, keys);
-      const LinesAhead meanwhile{&next, lines};
       const T* first = v.row(at + s);
       for (int h = 0; h < heads; ++h)
         few_values<T>(tile, h * m, m, [&](int j) { return first + h * p.v_stride[2] + j * p.v_stride[1]; }, n, s,
-                      meanwhile);
+                      next);
     }
   }
 }
