@@ -14,6 +14,7 @@ if _find_spec("torch") is not None:
 
     from ._backends import explain, use_backend
     from .book import Book
+    from .ops.decode_step import decode_step
     from .ops.gather_dequantize import gather_dequantize
     from .ops.gather_memory import gather_memory
     from .ops.memory_attention import memory_attention
@@ -39,6 +40,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Book",
     "PackedWeight",
+    "decode_step",
     "explain",
     "gather_dequantize",
     "gather_memory",

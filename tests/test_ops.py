@@ -11,6 +11,7 @@ import zlib
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 import memory3_kernels  # noqa: F401  (registers the ops)
 from memory3_kernels import _load
@@ -152,10 +153,9 @@ def test_refuses_bad_arguments(op, bad, backend):
         op(*args, **kwargs)
     if bad.fake:
         mode = torch._subclasses.FakeTensorMode()
+        args, kwargs = tree_map_only(Tensor, mode.from_tensor, (args, kwargs))
         with mode, pytest.raises(RuntimeError, match=bad.match):
-            op.overload(*(mode.from_tensor(a) if isinstance(a, Tensor) else a for a in args),
-                        **{k: mode.from_tensor(v) if isinstance(v, Tensor) else v
-                           for k, v in kwargs.items()})  # fmt: skip
+            op.overload(*args, **kwargs)
 
 
 def with_gradients(args, positions):

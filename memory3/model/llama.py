@@ -16,8 +16,10 @@ from memory3_kernels import memory_attention, memory_decode
 
 from ..config import MemoryConfig, ModelConfig
 from ..memory import MemoryRead
+from ..profiling import span
 from .cache import KVCache, Prefix
 from .layers import Block, Linear, RMSNorm
+from .native_step import NativeStep, serves
 from .rope import Rope
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
@@ -41,14 +43,15 @@ class Llama(nn.Module):
         self.head = Linear(config.dim, config.vocab_size, self.embed if config.tied else None)
         self.scale = config.head_dim**-0.5
         self.rope = Rope(config)
+        self._native: NativeStep | None = None
         self._set_memory(memory)
 
     def _set_memory(self, memory: MemoryConfig | None) -> None:
         self.memory = memory
         self._memory_index = {layer: i for i, layer in enumerate(memory.layers)} if memory else {}
-        self._head_maps: list[Tensor] | None = None
+        self._head_maps: Tensor | None = None
         if memory is not None and memory.head_map is not None:
-            self._head_maps = [torch.tensor(row, dtype=torch.int32, device="cpu") for row in memory.head_map]
+            self._head_maps = torch.tensor(memory.head_map, dtype=torch.int32, device="cpu")
 
     def with_memory(self, memory: MemoryConfig | None) -> Llama:
         """The same weights (shared, not copied) with other memory layers and heads."""
@@ -87,7 +90,9 @@ class Llama(nn.Module):
         rotary = self.rope.at(torch.tensor(positions, dtype=torch.int64, device=tokens.device), x.dtype)
         for layer, block in enumerate(self.blocks):
             q, k, v = self.split(block.project(x), rotary)
-            x = block.finish(x, attend(layer, q, k, v))
+            with span("attention"):
+                attended = attend(layer, q, k, v)
+            x = block.finish(x, attended)
         return x
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -202,6 +207,12 @@ class Llama(nn.Module):
         Returns fp32 logits [B, V] of each sequence's last token (zeros for an empty one), or of `rows` [n] -> [n, V].
         Raises ContextFull, before anything is written, when a sequence does not fit.
         """
+        with span("other"):
+            return self._prefill(tokens, cu, cache, read, rows)
+
+    def _prefill(
+        self, tokens: Tensor, cu: Tensor, cache: KVCache, read: MemoryRead | None, rows: Tensor | None
+    ) -> Tensor:
         self._check_read(read, None)
         counts = _counts(cu, tokens)
         cache.make_room(counts)
@@ -248,8 +259,13 @@ class Llama(nn.Module):
     def decode(self, tokens: Tensor, cache: KVCache, read: MemoryRead | None = None) -> Tensor:
         """Append one token to every sequence: tokens int64 [B], read.slots [B, R] -> fp32 logits [B, V].
 
+        One native call for a bfloat16 model on a CPU (native_step.py), else layer by layer.
         Raises ContextFull, before anything is written, when a sequence does not fit.
         """
+        with span("other"):
+            return self._decode(tokens, cache, read)
+
+    def _decode(self, tokens: Tensor, cache: KVCache, read: MemoryRead | None) -> Tensor:
         if tokens.dim() != 1:
             raise ValueError(f"tokens must be [B], one per sequence, got {tuple(tokens.shape)}")
         batch, device = cache.batch, tokens.device
@@ -258,6 +274,15 @@ class Llama(nn.Module):
         cache.make_room(ones)
         before = list(cache.lengths)
         totals = [a + 1 for a in before]
+        if serves(self) and cache.k.dtype is torch.bfloat16:
+            if self._native is None or not self._native.current():
+                self._native = NativeStep(self)
+            layers = self.memory.layers if self.memory is not None else ()
+            logits, mass = self._native(self.embed.detach(), tokens, cache, read, layers, self._head_maps)
+            cache.lengths = totals
+            if read is not None and read.collect_mass:
+                read.mass = mass
+            return logits
         write = torch.tensor([b * cache.capacity + r for b, r in enumerate(before)], device=device)
         kv_len = torch.tensor(totals, dtype=torch.int32, device=device)
         cu = torch.arange(batch + 1, dtype=torch.int32, device=device)

@@ -46,14 +46,18 @@ class Rope:
         cos, sin = torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
         return cos.to(device, dtype), sin.to(device, dtype)
 
-    def at(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """cos, sin [T, 1, D] at int64 positions [T], all below max_context."""
-        key = (dtype, positions.device)
+    def table(self, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+        """cos, sin [max_context, D]."""
+        key = (dtype, device)
         if key not in self._tables:
             with torch.inference_mode(False):  # the tables also serve training, which refuses inference tensors
                 everywhere = torch.arange(self.max_positions, device="cpu")
-                self._tables[key] = self._table(everywhere, dtype, positions.device)
-        cos, sin = self._tables[key]
+                self._tables[key] = self._table(everywhere, dtype, device)
+        return self._tables[key]
+
+    def at(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """cos, sin [T, 1, D] at int64 positions [T], all below max_context."""
+        cos, sin = self.table(dtype, positions.device)
         return cos.index_select(0, positions).unsqueeze(1), sin.index_select(0, positions).unsqueeze(1)
 
     def rotate(self, x: Tensor, cos_sin: tuple[Tensor, Tensor]) -> Tensor:

@@ -1,0 +1,98 @@
+// Element by element work of a step; the linear maps and attention are other ops' kernels.
+#include "common/vec.h"
+#include "decode_step/pieces.h"
+
+namespace m3 {
+namespace M3_LEVEL {
+namespace {
+
+constexpr int kBlock = 32;  // columns whose sum packed weights want
+
+inline BF16* as_bf16(uint16_t* p) { return reinterpret_cast<BF16*>(p); }
+
+// One vector as bf16; returns what was stored.
+inline F32 store_rounded(uint16_t* to, F32 v) {
+  store(as_bf16(to), v);
+  return load(as_bf16(to));
+}
+
+float sum_of_squares(const float* x, int64_t n) {
+  F32 a = {}, b = {};
+  int64_t i = 0;
+  for (; i + 2 * kLanes <= n; i += 2 * kLanes) {
+    const F32 v = load(x + i), w = load(x + i + kLanes);
+    a += v * v;
+    b += w * w;
+  }
+  return sum(a + b);  // n is a multiple of 32
+}
+
+}  // namespace
+
+void step_norm(const NormRows& p) {
+  for (int64_t m = 0; m < p.count; ++m) {
+    const float* x = p.x + m * p.cols;
+    const float factor = 1.f / __builtin_sqrtf(sum_of_squares(x, p.cols) / static_cast<float>(p.cols) + p.eps);
+    for (int64_t c = 0; c < p.cols; c += kBlock) {
+      F32 total = {};
+      for (int i = 0; i < kBlock; i += kLanes)
+        total += store_rounded(p.out + m * p.cols + c + i, load(x + c + i) * factor * load(p.weight + c + i));
+      p.sums[(m * p.cols + c) / kBlock] = sum(total);
+    }
+  }
+}
+
+void step_gate(const GateRows& p, int64_t begin, int64_t end) {
+  for (int64_t m = 0; m < p.count; ++m)
+    for (int64_t c = begin; c < end; c += kBlock) {
+      F32 total = {};
+      for (int i = 0; i < kBlock; i += kLanes) {
+        const F32 gate = load(p.gate + m * p.stride + c + i), up = load(p.up + m * p.stride + c + i);
+        // Below -80, where exp would soon overflow, the quotient is 0 but for its last bits.
+        const F32 silu = gate / (1.f + exp(-max(gate, splat(-80.f))));
+        total += store_rounded(p.out + m * p.cols + c + i, silu * up);
+      }
+      p.sums[(m * p.cols + c) / kBlock] = sum(total);
+    }
+}
+
+void step_rotate(const RotateRow& p) {
+  const int64_t half = p.dim / 2;
+  for (int64_t h = 0; h < p.heads; ++h) {
+    const float* x = p.x + h * p.dim;
+    uint16_t* out = p.out + h * p.dim;
+    if (half % kLanes == 0) {
+      for (int64_t i = 0; i < half; i += kLanes) {
+        const F32 low = load(x + i), high = load(x + half + i);
+        store(as_bf16(out + i), low * load(p.cos + i) + high * load(p.sin + i));
+        store(as_bf16(out + half + i), high * load(p.cos + half + i) + low * load(p.sin + half + i));
+      }
+    } else {
+      for (int64_t i = 0; i < half; ++i) {
+        from_float(x[i] * p.cos[i] + x[half + i] * p.sin[i], as_bf16(out + i));
+        from_float(x[half + i] * p.cos[half + i] + x[i] * p.sin[half + i], as_bf16(out + half + i));
+      }
+    }
+  }
+}
+
+// bf16 out = x, n a multiple of 8.
+void step_round(const float* x, int64_t n, uint16_t* out) {
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) store(as_bf16(out + i), load(x + i));
+  if (i < n) store_half(as_bf16(out + i), load_half(x + i));
+}
+
+// out = x, n a multiple of 32.
+void step_widen(const uint16_t* x, int64_t n, float* out) {
+  for (int64_t i = 0; i < n; i += kLanes) store(out + i, load(reinterpret_cast<const BF16*>(x + i)));
+}
+
+// to += x for columns [begin, end) of rows [count, cols].
+void step_add(const float* x, int64_t count, int64_t cols, int64_t begin, int64_t end, float* to) {
+  for (int64_t m = 0; m < count; ++m)
+    for (int64_t c = m * cols + begin; c < m * cols + end; ++c) to[c] += x[c];
+}
+
+}  // namespace M3_LEVEL
+}  // namespace m3

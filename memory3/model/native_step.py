@@ -1,0 +1,85 @@
+"""Decoding as one native call per token (memory3_kernels.decode_step): the weights of a model as that op takes them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from memory3_kernels import decode_step
+from memory3_kernels._load import native_reason
+from memory3_kernels.ops.decode_step import STAGES
+from memory3_kernels.packed import BLOCK
+
+from ..memory import MemoryRead
+from ..profiling import Profile, active
+from .cache import KVCache
+
+if TYPE_CHECKING:
+    from .llama import Llama
+
+# The op's stages under the names that profiles use for the other paths, too.
+_SHOWN = {"linear": "linear", "ffn": "linear", "head": "linear", "attention": "attention", "wait": "wait for threads"}
+
+
+def serves(net: Llama) -> bool:
+    """Whether the native step can run this model: bfloat16 on a CPU, sizes in whole blocks, the library loaded."""
+    c = net.config
+    sizes = (c.dim, c.ffn_dim, c.n_heads * c.head_dim)
+    on_cpu = net.embed.device.type == "cpu" and net.dtype is torch.bfloat16
+    return on_cpu and native_reason() is None and not any(size % BLOCK for size in sizes)
+
+
+class NativeStep:
+    """Packed weights, norms and RoPE tables of one model; `current` says whether they are still its own."""
+
+    def __init__(self, net: Llama) -> None:
+        linears = [net.head]
+        for block in reversed(net.blocks):
+            linears = [block.qkv, block.out, block.gate_up, block.down, *linears]
+        norms = [n.weight for block in net.blocks for n in (block.attn_norm, block.ffn_norm)] + [net.norm.weight]
+        self._weights = [linear.inference_weight().data for linear in linears]
+        # Low-bit weights never change; dense ones may, between two calls.
+        self._sources = [linear.weight for linear in linears if linear.packed is None]
+        self._sources += norms if self._sources else []
+        self._versions = self._seen()
+        self._norms = torch.stack([n.detach().float() for n in norms])
+        self._cos, self._sin = net.rope.table(torch.float32, net.embed.device)
+        self._heads, self._eps, self._scale = net.config.n_heads, net.config.norm_eps, net.scale
+        self._profile = torch.zeros(len(STAGES), dtype=torch.int64)
+
+    def _seen(self) -> list[tuple[int, int]]:
+        return [(w.data_ptr(), 0 if w.is_inference() else w._version) for w in self._sources]
+
+    def current(self) -> bool:
+        """False once a dense weight was changed in place or replaced."""
+        return not self._sources or self._seen() == self._versions
+
+    def __call__(
+        self,
+        embed: Tensor,
+        tokens: Tensor,
+        cache: KVCache,
+        read: MemoryRead | None,
+        memory_layers: tuple[int, ...],
+        head_map: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        """fp32 logits [B, V] and mass [B, R]; appends to the cache, whose lengths the caller counts up."""
+        memory = () if read is None else (read.kv, read.slots, read.length, read.bias, head_map)
+        profile = active()
+        if profile is not None:
+            self._profile.zero_()
+        result = decode_step(
+            tokens, torch.tensor(cache.lengths, dtype=torch.int32), cache.k, cache.v, embed, self._norms,
+            self._cos, self._sin, self._weights, *memory,
+            memory_layers=() if read is None else memory_layers, heads=self._heads, span=cache.span, eps=self._eps,
+            scale=self._scale, threads=torch.get_num_threads(), profile=None if profile is None else self._profile,
+        )  # fmt: skip
+        if profile is not None:
+            self._report(profile)
+        return result
+
+    def _report(self, profile: Profile) -> None:
+        for stage, nanoseconds in zip(STAGES, self._profile.tolist(), strict=True):
+            profile.add(_SHOWN.get(stage, "other"), nanoseconds / 1e9)
