@@ -9,11 +9,13 @@ from importlib.util import find_spec as _find_spec
 
 if _find_spec("torch") is not None:
     from ._load import load as _load_native
+    from ._load import native_reason
 
     _load_native()
 
     from ._backends import explain, use_backend
     from .book import Book
+    from .ops.decode_step import STAGES as DECODE_STAGES
     from .ops.decode_step import decode_step
     from .ops.gather_dequantize import gather_dequantize
     from .ops.gather_memory import gather_memory
@@ -39,7 +41,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Book",
-    "PackedWeight",
+    "DECODE_STAGES",
     "decode_step",
     "explain",
     "gather_dequantize",
@@ -49,9 +51,11 @@ __all__ = [
     "memory_decode",
     "memory_decode_coded",
     "merge_attention_states",
+    "native_reason",
     "pack_blocks",
     "pack_weight",
     "packed_linear",
+    "PackedWeight",
     "scatter_memory",
     "select_tokens",
     "unpack_weight",

@@ -116,6 +116,7 @@ def test_level_is_restored_after_a_block():
     with _load.use_simd_level("none"):
         assert _load.simd_level() == "none"
     assert _load.simd_level() == before
-    with pytest.raises(RuntimeError, match="expected none, avx2, avx512 or avx512bf16, got neon"), _load.use_simd_level("neon"):
+    refusal = pytest.raises(RuntimeError, match="expected none, avx2, avx512 or avx512bf16, got neon")
+    with refusal, _load.use_simd_level("neon"):
         pass
     assert _load.simd_level() == before

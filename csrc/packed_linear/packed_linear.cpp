@@ -32,7 +32,7 @@ m3_status m3_packed_linear_cpu(const M3PackedLinearParams* p) {
   return M3_OK;
 }
 
-m3_status m3_pack_activations_cpu(const void* x, m3_dtype dtype, int64_t stride, int64_t count, int64_t cols,
+m3_status m3_pack_activations(const void* x, m3_dtype dtype, int64_t stride, int64_t count, int64_t cols,
                                   uint16_t* out, float* sums) {
   M3_CHECK(cols % M3_PACKED_COLS == 0, "x: expected a multiple of %d columns, got %lld", M3_PACKED_COLS,
            static_cast<long long>(cols));

@@ -54,7 +54,7 @@ Tensor packed_linear(const Tensor& x, const Tensor& weight, std::string format, 
     if (add) sums = torch::stable::new_empty(x, {p.count, cols / M3_PACKED_COLS}, ScalarType::Float);
     p.sums = add ? sums.mutable_data_ptr<float>() : nullptr;
     p.x = static_cast<const uint16_t*>(rounded.const_data_ptr());
-    check(m3_pack_activations_cpu(rows_of_x.const_data_ptr(), type, cols, p.count, cols,
+    check(m3_pack_activations(rows_of_x.const_data_ptr(), type, cols, p.count, cols,
                                   static_cast<uint16_t*>(rounded.mutable_data_ptr()), const_cast<float*>(p.sums)));
   }
   check(m3_packed_linear_cpu(&p));

@@ -8,8 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from memory3_kernels import PackedWeight, pack_weight, packed_linear
-from memory3_kernels._load import native_reason
+from memory3_kernels import PackedWeight, native_reason, pack_weight, packed_linear
 from memory3_kernels.packed import BLOCK
 
 from ..config import ModelConfig

@@ -11,8 +11,7 @@ from typing import Protocol, overload
 import torch
 from torch import Tensor, nn
 
-from memory3_kernels import PackedWeight, pack_blocks, pack_weight
-from memory3_kernels._load import native_reason
+from memory3_kernels import PackedWeight, native_reason, pack_blocks, pack_weight
 from memory3_kernels.packed import BLOCK
 
 from ..config import PRESETS, MemoryConfig, ModelConfig

@@ -7,9 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from memory3_kernels import decode_step
-from memory3_kernels._load import native_reason
-from memory3_kernels.ops.decode_step import STAGES
+from memory3_kernels import DECODE_STAGES, decode_step, native_reason
 from memory3_kernels.packed import BLOCK
 
 from ..memory import MemoryRead
@@ -47,7 +45,7 @@ class NativeStep:
         self._norms = torch.stack([n.detach().float() for n in norms])
         self._cos, self._sin = net.rope.table(torch.float32, net.embed.device)
         self._heads, self._eps, self._scale = net.config.n_heads, net.config.norm_eps, net.scale
-        self._profile = torch.zeros(len(STAGES), dtype=torch.int64)
+        self._profile = torch.zeros(len(DECODE_STAGES), dtype=torch.int64)
 
     def _seen(self) -> list[tuple[int, int]]:
         return [(w.data_ptr(), 0 if w.is_inference() else w._version) for w in self._sources]
@@ -81,5 +79,5 @@ class NativeStep:
         return result
 
     def _report(self, profile: Profile) -> None:
-        for stage, nanoseconds in zip(STAGES, self._profile.tolist(), strict=True):
+        for stage, nanoseconds in zip(DECODE_STAGES, self._profile.tolist(), strict=True):
             profile.add(_SHOWN.get(stage, "other"), nanoseconds / 1e9)

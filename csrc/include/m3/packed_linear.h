@@ -65,7 +65,7 @@ typedef struct M3PackedLinearParams {
 M3_API m3_status m3_packed_linear_cpu(const M3PackedLinearParams* params);
 
 /* x [count, stride] of any element type -> bf16 [count, cols] and, where sums is not null, sums [count, cols / 32]. */
-M3_API m3_status m3_pack_activations_cpu(const void* x, m3_dtype dtype, int64_t stride, int64_t count, int64_t cols,
+M3_API m3_status m3_pack_activations(const void* x, m3_dtype dtype, int64_t stride, int64_t count, int64_t cols,
                                          uint16_t* out, float* sums);
 
 #ifdef __cplusplus
