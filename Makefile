@@ -54,7 +54,7 @@ lint: setup
 	$(PY) -m ruff format --check .
 
 bench: setup data
-	$(PY) -m bench ops
+	$(PY) -m bench run
 	$(PY) -m bench engine
 
 clean:

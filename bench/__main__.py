@@ -1,23 +1,23 @@
-"""`python -m bench <suite>`: picks the suite and hands the arguments on."""
+"""`python -m bench <command>`: picks the command and hands the arguments on."""
 
 from __future__ import annotations
 
 import argparse
 import sys
 
-from . import engine, ops
+from . import engine, run
 
-SUITES = {"engine": engine, "ops": ops}
+COMMANDS = {"run": run, "engine": engine}
 
 
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="python -m bench", description="Benchmarks of memory3.")
-    suites = top.add_subparsers(dest="suite", required=True, metavar="suite")
-    for name, suite in SUITES.items():
-        about = suite.__doc__.strip().splitlines()[0]
-        suite.add_arguments(
-            suites.add_parser(
-                name, help=about, description=suite.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    commands = top.add_subparsers(dest="command", required=True, metavar="command")
+    for name, module in COMMANDS.items():
+        about = module.__doc__.strip().splitlines()[0]
+        module.add_arguments(
+            commands.add_parser(
+                name, help=about, description=module.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
             )
         )
     return top
@@ -25,7 +25,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
-    return SUITES[args.suite].main(args)
+    return COMMANDS[args.command].main(args)
 
 
 if __name__ == "__main__":

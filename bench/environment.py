@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import os
 import platform
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("memory3", "torch", "numpy", "faiss-cpu", "lmdb", "tokenizers")
 
 
@@ -27,6 +30,19 @@ def describe() -> dict[str, Any]:
         "settings": {name: os.environ[name] for name in ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "M3_SIMD", "M3_BACKEND")
                      if name in os.environ},
     }  # fmt: skip
+
+
+@functools.cache
+def source_hash(op: str) -> str:
+    """Of everything an op's native kernel and contract are made from: equal hashes, equal code."""
+    found = [ROOT / "memory3_kernels/ops" / f"{op}.py", ROOT / "csrc/torch" / f"{op}.cpp"]
+    for folder in (f"csrc/{op}", "csrc/common", "csrc/include"):
+        found += sorted(path for path in (ROOT / folder).rglob("*") if path.is_file())
+    digest = hashlib.sha256()
+    for path in found:
+        if path.is_file():
+            digest.update(path.relative_to(ROOT).as_posix().encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def load_average() -> float:

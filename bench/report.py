@@ -10,13 +10,15 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-SCHEMA = 1
+SCHEMA = 2
 
 
-def document(suite: str, settings: dict[str, Any], environment: dict[str, Any], rows: Sequence[dict]) -> dict[str, Any]:
-    """What every suite writes: rows are flat, one per measured thing."""
+def document(
+    suite: str, settings: dict[str, Any], environment: dict[str, Any], rows: Sequence[dict], **more: Any
+) -> dict[str, Any]:
+    """What every suite writes: rows are flat, one per measured thing; `more` holds what is said once per run."""
     return {
-        "schema": SCHEMA, "suite": suite, "settings": settings, "environment": environment, "rows": list(rows),
+        "schema": SCHEMA, "suite": suite, "settings": settings, "environment": environment, **more, "rows": list(rows),
     }  # fmt: skip
 
 

@@ -11,9 +11,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bench import __main__ as command
-from bench import engine, environment, report
+from bench import dispatch, engine, environment, measure, report
+from bench.ceilings import Ceilings
+from bench.peers import PEERS, Peer
 from bench.timing import Summary, interleave, quantile, ratios
-from memory3_kernels._registry import OPS
+from memory3_kernels import _load
+from memory3_kernels._registry import OPS, Cost
 
 
 @given(st.lists(st.floats(-1e6, 1e6), min_size=2, max_size=30))
@@ -89,7 +92,7 @@ def test_table_shows_every_arm(capsys):
 
 def test_command_line():
     args = command.parser().parse_args(["engine", "--batch", "1", "8", "--json", "x.json"])
-    assert (args.suite, args.batch, args.json, args.runs, args.tokens) == ("engine", [1, 8], "x.json", 9, 128)
+    assert (args.command, args.batch, args.json, args.runs, args.tokens) == ("engine", [1, 8], "x.json", 9, 128)
     with pytest.raises(SystemExit):
         command.parser().parse_args(["nothing"])
 
@@ -109,22 +112,117 @@ def test_whole_suite_on_a_tiny_model(tmp_path):
     assert by["warm"]["kv_bytes"] > by["none"]["kv_bytes"] and by["rag"]["kv_bytes"] > by["warm"]["kv_bytes"]
 
 
-def test_ops_refuses_to_time_a_wrong_kernel(monkeypatch):
+CEILINGS = Ceilings(1, 20.0, 19.0, 200.0, 1 << 25, 1 << 28)
+SMALL = OPS["merge_attention_states"]
+
+
+def bench_case(op, part=""):
+    return next(c for c in op.cases() if c.bench and part in c.id)
+
+
+def test_a_wrong_kernel_is_not_timed(monkeypatch):
     """Off by more than the tolerance (here: one that float32 cannot meet), and there is no number."""
-    from bench import ops
-
-    op = OPS["merge_attention_states"]
-    case = next(c for c in op.cases() if c.bench)
-    monkeypatch.setattr(ops, "timer", lambda *_: pytest.fail("timed before the gate"))
+    monkeypatch.setattr(measure, "timer", lambda *_: pytest.fail("timed before the gate"))
+    op = replace(SMALL, tolerance={torch.float32: 1e-12})
     with pytest.raises(AssertionError, match="on reference, output 0"):
-        ops.measure(replace(op, tolerance={torch.float32: 1e-12}), case, torch.float32, 1)
+        measure.measure(op, bench_case(op), torch.float32, levels=[], states=["hot"], rounds=1, ceilings=CEILINGS)
 
 
-def test_ops_rows(monkeypatch):
-    from bench import ops
+def test_a_wrong_peer_is_not_timed(monkeypatch):
+    def wrong(out_a, lse_a, out_b, lse_b):
+        return Peer(lambda: out_a, lambda out: out, (out_a,))
 
-    op = OPS["merge_attention_states"]
-    rows = ops.measure(op, next(c for c in op.cases() if c.bench), torch.float32, 2)
-    assert rows[0]["backend"] == "reference" and rows[0]["ratio"] == 1
-    assert all(r["bytes"] > 0 and r["gb_per_s"] == pytest.approx(r["bytes"] / r["ms"] / 1e6) for r in rows)
+    monkeypatch.setitem(measure.PEERS, SMALL.name, (wrong,))
+    monkeypatch.setattr(measure, "interleave", lambda *_: pytest.fail("timed before the gate"))
+    with pytest.raises(AssertionError, match="peer wrong"):
+        measure.measure(SMALL, bench_case(SMALL), torch.float32, levels=[], states=["hot"], rounds=1, ceilings=CEILINGS)
+
+
+def test_records(monkeypatch):
+    """What each record says follows from its time, the op's own counts and the ceilings."""
+    monkeypatch.setattr(measure, "COLD_BYTES", 1 << 26)
+    level = _load.available_simd_levels()[-1:]
+    rows = measure.measure(
+        SMALL, bench_case(SMALL), torch.float32, levels=level, states=["hot", "cold"], rounds=2, ceilings=CEILINGS
+    )
+    assert [(r["backend"].split("-")[0], r["state"]) for r in rows] == [
+        *(("native", "hot") for _ in level), ("reference", "hot"), *(("native", "cold") for _ in level),
+    ]  # fmt: skip
+    for r in rows:
+        assert r["bytes"] > 0 and r["gb_per_s"] == pytest.approx(r["bytes"] / r["ms"] / 1e6)
+        assert r["read_share"] == pytest.approx(r["gb_per_s"] / CEILINGS.read_gb_s)
+        assert r["ms_p20"] <= r["ms"] <= r["ms_p80"] and r["gate"] == "passed" and len(r["source"]) == 16
+        assert r["peer"] is None and r["peer_ratios"] == {}
     json.dumps(rows)
+
+
+def test_peer_ratios_are_taken_round_by_round():
+    seen = {"native-x": [1.0, 2.0, 4.0], "peer": [3.0, 4.0, 16.0], "reference": [9.0, 9.0, 9.0]}
+    about = {"op": SMALL.name, "case": "c", "dtype": "float32", "state": "hot"}
+    rows = measure.records(about, seen, ["peer"], Cost(10**9, 10**9), CEILINGS, 3)
+    by = {r["backend"]: r for r in rows}
+    assert by["native-x"]["peer"] == "peer" and by["native-x"]["peer_ratio"] == 3.0
+    assert by["reference"]["peer_ratio"] is None and by["peer"]["peer"] is None and by["peer"]["kind"] == "peer"
+    assert by["native-x"]["gb_per_s"] == 0.5 and by["native-x"]["read_share"] == 0.025
+
+
+def test_cold_operands_are_copies_that_keep_views():
+    """Together they hold what was asked for; strides and storage shared between arguments stay as they were."""
+    arena = torch.randn(4, 2, 8)
+    args, kwargs = (arena[:, 0], arena[:, 1], None), {"scale": 1.0}
+    assert measure.copies(args, kwargs, 100, "hot") == [(args, kwargs)]
+    found = measure.copies(args, kwargs, measure.COLD_BYTES // 3, "cold")
+    assert len(found) == 4
+    for (k, v, none), same in found[1:]:
+        assert k.stride() == args[0].stride() and none is None and same == kwargs
+        assert k.untyped_storage().data_ptr() == v.untyped_storage().data_ptr() != arena.untyped_storage().data_ptr()
+        assert torch.equal(k, args[0]) and torch.equal(v, args[1])
+    assert len(measure.copies(args, kwargs, 1, "cold")) == measure.MOST_COPIES
+
+
+@pytest.mark.parametrize("op", OPS.values(), ids=lambda op: op.name)
+def test_emptiest_case(op):
+    """Every op has a case whose call costs dispatch alone."""
+    case = dispatch.emptiest(op, op.dtypes[0])
+    args, kwargs = measure.operands(case, op.dtypes[0])
+    assert op.cost(*args, **kwargs).flops == 0
+
+
+def test_every_op_is_benchmarked_and_every_peer_serves_a_case():
+    assert all(any(case.bench for case in op.cases()) for op in OPS.values())
+    assert set(PEERS) <= set(OPS)
+
+
+@pytest.mark.parametrize("name", [name for name, peers in PEERS.items() for _ in peers[:1]])
+def test_peers_agree_with_their_op(name):
+    """The smallest benchmark case of the op: at least one peer takes it, and all that do are right."""
+    op = OPS[name]
+    dtype = torch.bfloat16 if torch.bfloat16 in op.dtypes else op.dtypes[0]
+    made = [measure.operands(case, dtype) for case in op.cases() if case.bench and "D128" not in case.id]
+    args, kwargs = min(made, key=lambda one: op.cost(*one[0], **one[1]).bytes)
+    expected = op(*args, **kwargs)
+    expected = expected[0] if isinstance(expected, tuple) else expected
+    assert measure.peers_of(op, [(args, kwargs)], expected)
+
+
+def test_run_smoke_writes_a_document(tmp_path, capsys):
+    if not _load.available_simd_levels():
+        pytest.skip("M3_NATIVE=0")
+    path = tmp_path / "run.json"
+    line = ["run", "--suite", "smoke", "--op", SMALL.name, "--dtype", "float32", "--rounds", "1", "--json", str(path)]
+    assert command.main(line) == 0
+    read = json.loads(path.read_text())
+    assert read["schema"] == report.SCHEMA and read["ceilings"][0]["read_gb_s"] > 0
+    assert read["dispatch"][0]["op"] == SMALL.name and {r["backend"].split("-")[0] for r in read["rows"]} == {
+        "native", "reference",
+    }  # fmt: skip
+    shown = capsys.readouterr().out
+    assert "ceilings" in shown and SMALL.name in shown
+    with pytest.raises(SystemExit, match="--case: expected"):
+        command.main(["run", "--case", "no such case"])
+    with pytest.raises(SystemExit, match="--levels: expected"):
+        command.main(["run", "--levels", "mmx"])
+
+
+def test_source_hash_follows_the_sources():
+    assert environment.source_hash("memory_decode") != environment.source_hash("memory_attention")

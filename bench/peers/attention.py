@@ -6,21 +6,11 @@ beside the context, a mask) is prepared here, outside the timed call.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
-
-@dataclass(frozen=True)
-class Peer:
-    """`call` is timed; `result(call())` is the op's `out`, for the check before."""
-
-    call: Callable[[], object]
-    result: Callable[[object], Tensor]
-    operands: tuple[Tensor, ...]  # what `call` reads: its size says when operands no longer fit a cache
+from .peer import Peer
 
 
 def plain_records(name: str, mem_bias: Tensor | None, head_map: Tensor | None) -> None:

@@ -265,11 +265,30 @@ inline void transpose(F32* v) {
   if constexpr (2 * Step < kLanes) transpose<2 * Step>(v);
 }
 
+// Halves of `a` and `b` such that adding them halves the lanes that are to be summed: shuffles of one instruction with
+// an immediate, unlike `mix`, whose index vectors take registers from the sums.
+#if defined(__AVX512F__)
+template <int Step>
+inline F32 fold(F32 a, F32 b) {
+  if constexpr (Step == 1)
+    return _mm512_unpacklo_ps(a, b) + _mm512_unpackhi_ps(a, b);
+  else if constexpr (Step == 2)
+    return mix<2, 0>(a, b) + mix<2, 1>(a, b);
+  else
+    return _mm512_shuffle_f32x4(a, b, 0x88) + _mm512_shuffle_f32x4(a, b, 0xdd);
+}
+#else
+template <int Step>
+inline F32 fold(F32 a, F32 b) {
+  return mix<Step, 0>(a, b) + mix<Step, 1>(a, b);
+}
+#endif
+
 // Lane i of the result is the sum of v[i]; `v` is overwritten.
 template <int Step = 1>
 inline F32 sum_each(F32* v) {
 #pragma GCC unroll 16
-  for (int i = 0; i < kLanes / Step; i += 2) v[i / 2] = mix<Step, 0>(v[i], v[i + 1]) + mix<Step, 1>(v[i], v[i + 1]);
+  for (int i = 0; i < kLanes / Step; i += 2) v[i / 2] = fold<Step>(v[i], v[i + 1]);
   if constexpr (2 * Step < kLanes)
     return sum_each<2 * Step>(v);
   else

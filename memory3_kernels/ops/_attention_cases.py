@@ -203,12 +203,16 @@ def attention_specs() -> dict[str, tuple[Spec, tuple[int, ...]]]:
     return found
 
 
+PREFILL512 = Spec(heads=(9, 3), dim=64, sequences=((512, 512),), chunk=64, refs=5, tokens=32, slots=40, arena=True)
+
+
 def attention_cases():
     for name, (spec, grad) in attention_specs().items():
         # Rows that see nothing have lse -inf, which finite differences cannot follow.
         yield Case(name, attention_sample(spec), grad=() if name == "no-context" else grad)
-    bench = Spec(heads=(9, 3), dim=64, sequences=((512, 512),), chunk=64, refs=5, tokens=32, slots=40, arena=True)
-    yield Case("prefill512_H9x3_D64", attention_sample(bench), bench=True, slow=True)
+    for tokens in (8, 32):
+        spec = replace(PREFILL512, tokens=tokens)
+        yield Case(f"prefill512_H9x3_D64_5x{tokens}", attention_sample(spec), bench=True, slow=True)
 
 
 BACKWARD = ("R0", "lengths", "twice", "group3_D64_arena", "group16_D128", "head-map", "empty-sequence", "chunk65",
@@ -219,8 +223,7 @@ def backward_cases():
     for name in BACKWARD:
         yield Case(name, backward_sample(attention_specs()[name][0]))
     yield Case("no-memory-grad", backward_sample(attention_specs()["lengths"][0], memory_grad=False))
-    bench = Spec(heads=(9, 3), dim=64, sequences=((512, 512),), chunk=64, refs=5, tokens=32, slots=40, arena=True)
-    yield Case("prefill512_H9x3_D64", backward_sample(bench), bench=True, slow=True)
+    yield Case("prefill512_H9x3_D64_5x32", backward_sample(PREFILL512), bench=True, slow=True)
 
 
 def decode_specs() -> dict[str, Spec]:
@@ -242,8 +245,9 @@ def decode_specs() -> dict[str, Spec]:
 def decode_cases():
     for name, spec in decode_specs().items():
         yield Case(name, decode_sample(spec))
-    bench = Spec(heads=(9, 3), dim=64, sequences=((1, 1024),) * 8, refs=5, tokens=32, slots=40, arena=False)
-    yield Case("batch8_ctx1024_H9x3_D64", decode_sample(bench), bench=True, slow=True)
+    for heads, dim, length in (((9, 3), 64, 256), ((9, 3), 64, 1024), ((9, 3), 64, 4096), ((32, 8), 128, 4096)):
+        spec = Spec(heads=heads, dim=dim, sequences=((1, length),) * 8, refs=5, tokens=8, slots=40, spare=0)
+        yield Case(f"batch8_ctx{length}_H{heads[0]}x{heads[1]}_D{dim}_5x8", decode_sample(spec), bench=True, slow=True)
 
 
 def coded_sample(spec: Spec, code: tuple[int, int, int] = (4, 4, 5), half_tables: bool = False) -> Callable:
@@ -269,7 +273,7 @@ def coded_sample(spec: Spec, code: tuple[int, int, int] = (4, 4, 5), half_tables
 
 
 CODED = ("R0", "all-none", "lengths", "twice", "group1_D8", "group3_D64_arena", "group16_D128", "D256", "head-map",
-         "empty-sequence", "S0", "rows", "paged", "long")  # fmt: skip
+         "empty-sequence", "S0", "rows", "paged", "long", "B0")  # fmt: skip
 
 
 def coded_cases():
