@@ -1,8 +1,8 @@
 """Which implementation serves an op: a table, visible (`explain`) and overridable (`use_backend`, `M3_BACKEND`).
 
-Automatic choice is the dispatcher's: the native kernel where the library is loaded, else the PyTorch reference that
-every op registers under CompositeExplicitAutograd. Only float64, which no native kernel takes, is sent to the
-reference by the public functions.
+Automatic choice is the dispatcher's: the native kernel where the library is loaded; on CUDA, where there is none for
+an op, its Triton kernel; else the PyTorch reference that every op registers under CompositeExplicitAutograd. Only
+float64, which no kernel takes, is sent to the reference by the public functions.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
-from . import _load
+from . import _load, triton
 
 
 @dataclass(frozen=True)
@@ -37,8 +37,25 @@ def _native_refuses(op, args) -> str | None:
     return None
 
 
+def _triton_refuses(op, args) -> str | None:
+    if not triton.has_kernel(op.name):
+        return f"{op.name} has no Triton kernel"
+    if triton.missing():
+        return triton.missing()
+    tensors = [value for value in args if isinstance(value, torch.Tensor)]
+    if any(value.dtype is torch.float64 for value in tensors):
+        return "Triton kernels take float32, bfloat16 and float16, an argument is float64"
+    if forced(op.name) == "triton" and triton.runs_without_device():
+        return None
+    for value in tensors:
+        if value.device.type != "cuda":
+            return f"Triton kernels run on cuda (elsewhere in tests only), an argument is on {value.device}"
+    return None if tensors or torch.cuda.is_available() else "Triton kernels run on cuda, of which there is no device"
+
+
 BACKENDS = {
     "native": Backend("native", _native_refuses),
+    "triton": Backend("triton", _triton_refuses),
     "reference": Backend("reference", lambda op, args: None),
 }
 

@@ -11,12 +11,14 @@ from dataclasses import dataclass, field
 
 import torch
 
-from . import _backends
+from . import _backends, triton
 
 NAMESPACE = "memory3"
 FORWARD_NAMESPACE = "memory3_forward"
+TRITON_NAMESPACE = "memory3_triton"
 _library = torch.library.Library(NAMESPACE, "DEF")
 _forward_library = torch.library.Library(FORWARD_NAMESPACE, "DEF")
+_triton_library = torch.library.Library(TRITON_NAMESPACE, "DEF")
 OPS: dict[str, Op] = {}
 
 _forced = _backends._forced
@@ -124,6 +126,10 @@ class Op:
             return self.overload(*args, **kwargs)
         if self.backward is None:
             refuse_gradient(self.name, args)
+        if backend == "triton":
+            for i in self.mutates:
+                torch.autograd.graph.increment_version(args[i])
+            return getattr(getattr(torch.ops, TRITON_NAMESPACE), self.name).default(*args, **kwargs)
         return self.reference(*args, **kwargs)
 
 
@@ -183,5 +189,28 @@ def register(op: Op) -> Op:
     _forward_library.impl(op.name, torch.library.fallthrough_kernel, "Autograd")
     torch.library.register_fake(f"{FORWARD_NAMESPACE}::{op.name}", op.fake, lib=_forward_library)
     object.__setattr__(op, "forward", forward._op)  # without the Python frame of OpOverload
+    if triton.has_kernel(op.name):
+        _register_triton(op)
     OPS[op.name] = op
     return op
+
+
+def _register_triton(op: Op) -> None:
+    """The Triton kernel behind `memory3_triton::<name>`, the op's twin for a forced backend, and behind the op itself
+    on CUDA where the native library has none. Opaque to compilers, like every kernel here; Triton is imported at the
+    first call."""
+
+    def launch(*args, **kwargs):
+        return triton.implementation(op.name)(*args, **kwargs)
+
+    _triton_library.define(op.name + op.schema)
+    for key in ("CUDA", "CPU"):
+        _triton_library.impl(op.name, launch, key)
+    qualified = f"{TRITON_NAMESPACE}::{op.name}"
+    torch.library.register_fake(qualified, op.fake, lib=_triton_library)
+    if op.backward is not None:
+        torch.library.register_autograd(qualified, op.backward, setup_context=op.setup_context, lib=_triton_library)
+    for namespace, library in ((NAMESPACE, _library), (FORWARD_NAMESPACE, _forward_library)):
+        native = torch._C._dispatch_has_kernel_for_dispatch_key(f"{namespace}::{op.name}", "CUDA")
+        if not native and triton.missing() is None:
+            library.impl(op.name, launch, "CUDA")

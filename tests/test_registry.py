@@ -172,7 +172,7 @@ def test_a_block_ends_and_nests():
 
 
 def test_unknown_backend():
-    with pytest.raises(ValueError, match="expected one of native, reference, got 'gpu'"), use_backend("gpu"):
+    with pytest.raises(ValueError, match="expected one of native, triton, reference, got 'gpu'"), use_backend("gpu"):
         pass
 
 
@@ -217,4 +217,4 @@ def test_a_wrong_M3_BACKEND_is_said_at_the_first_call_not_at_import():
         timeout=120,
     )
     assert done.stdout == "imported\n" and done.returncode == 1
-    assert "M3_BACKEND: backend: expected one of native, reference, got 'fastest'" in done.stderr
+    assert "M3_BACKEND: backend: expected one of native, triton, reference, got 'fastest'" in done.stderr
