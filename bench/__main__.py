@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 import sys
 
-from . import engine, run
+from . import engine, loop, run
 
-COMMANDS = {"run": run, "engine": engine}
+COMMANDS = {"run": run, "loop": loop, "engine": engine}
 
 
 def parser() -> argparse.ArgumentParser:

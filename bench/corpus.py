@@ -1,10 +1,10 @@
-"""References and prompts of exact length, cut from one stream of the wiki corpus; and a bank of them, kept on disk."""
+"""References and prompts of exact length, cut from one stream of the wiki corpus and the factbook; a bank of them."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 
 from memory3 import Bank, data
@@ -22,7 +22,7 @@ def default_folder(references: int, model: MemoryModel) -> Path:
 def windows(model: MemoryModel, tokens: int) -> Iterator[list[int]]:
     """Runs of exactly `tokens` token ids, the corpus joined end to end."""
     stream: list[int] = []
-    for entry in data.wiki():
+    for entry in chain(data.wiki(), data.factbook()):
         stream += model.tokenizer.encode(" " + entry.text)
         while len(stream) >= tokens:
             yield stream[:tokens]

@@ -1,9 +1,10 @@
 """Decoding with retrieval every 64 tokens against the same engine without memory.
 
-SmolLM2-135M, bf16, greedy, fixed length. Arms, one run of each per round:
+SmolLM2-135M, greedy, fixed length. Arms, one run of each per round:
   none    the plain model
   warm    memory; the records of these prompts are in the arena already (search is done all the same)
   cold    memory; the arena is emptied before each run, every record is copied from the bank again
+  disk    as cold, and the bank's pages are evicted before each run: every record comes from the device (`read_bytes`)
   rag     the same references as text in front of the prompt, retrieved once
 """
 
@@ -17,10 +18,11 @@ from pathlib import Path
 from typing import Any
 
 from . import corpus, environment
+from .evict import device_bytes, evict
 from .report import document, mebibytes, show_table, write_json
 from .timing import Summary, interleave, ratios
 
-ARMS = ("none", "warm", "cold", "rag")
+ARMS = ("none", "warm", "cold", "disk", "rag")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,6 +32,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", type=int, nargs="+", default=[1], help="threads of torch (default 1)")
     parser.add_argument("--tokens", type=int, default=128, help="tokens in and tokens out (default 128)")
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), help="default: all")
+    parser.add_argument(
+        "--weights",
+        choices=("auto", "dense", "checkpoint"),
+        default="auto",
+        help="as load_model takes it (default auto)",
+    )
     parser.add_argument("--references", type=int, default=2000, help="references in the bank (default 2000)")
     parser.add_argument(
         "--bank", metavar="DIR", type=Path, help="keep the bank here (default: the user's cache folder)"
@@ -41,7 +49,7 @@ def main(args: argparse.Namespace) -> int:
 
     from memory3 import Embedder, load_model
 
-    model, embedder = load_model("smollm2-135m"), Embedder()
+    model, embedder = load_model("smollm2-135m", weights=args.weights), Embedder()
     folder = args.bank or corpus.default_folder(args.references, model)
     bank = corpus.open_bank(folder, model, embedder, args.references, _progress)
     rows: list[dict[str, Any]] = []
@@ -52,7 +60,7 @@ def main(args: argparse.Namespace) -> int:
             rows += measure(model, bank, embedder, prompts, args.tokens, args.runs, args.arms, threads)
             show(rows[-len(args.arms) :], batch, threads)
     settings = {
-        "model": "smollm2-135m", "dtype": "bfloat16", "tokens_in": args.tokens, "tokens_out": args.tokens,
+        "model": "smollm2-135m", "weights": args.weights, "tokens_in": args.tokens, "tokens_out": args.tokens,
         "references": len(bank), "reference_tokens": model.memory.span, "refs": model.memory.refs,
         "chunk": model.memory.chunk, "memory_layers": len(model.memory.layers), "memory_tokens": model.memory.tokens,
     }  # fmt: skip
@@ -70,18 +78,23 @@ def measure(model, bank, embedder, prompts, tokens: int, runs: int, names, threa
         "none": Engine(model, mode="none"),
         "warm": Engine(model, bank, embedder, slots=slots),
         "cold": Engine(model, bank, embedder, slots=slots),
+        "disk": Engine(model, bank, embedder, slots=slots),
         "rag": Engine(model, bank, embedder, mode="rag"),
     }
 
     def run(name: str) -> dict[str, Any]:
         engine = engines[name]
-        if name == "cold":
+        if name in ("cold", "disk"):
             engine.arena.clear()
+        if name == "disk":
+            evict(bank.path / "data.mdb")
         gc.collect()
+        read = device_bytes()
         begin, cpu = time.perf_counter(), time.process_time()
         stats = engine.generate(prompts, max_new_tokens=tokens, ignore_eos=True)[0].stats
         wall, cpu = time.perf_counter() - begin, time.process_time() - cpu
-        return {**stats.to_dict(), "wall_s": wall, "cpu_s": cpu, "load": environment.load_average()}
+        read = device_bytes() - read
+        return {**stats.to_dict(), "wall_s": wall, "cpu_s": cpu, "read": read, "load": environment.load_average()}
 
     seen = interleave({name: lambda name=name: run(name) for name in names}, runs)
     about = {"batch": len(prompts), "threads": threads}
@@ -118,6 +131,7 @@ def summary(runs: list[dict], base: list[dict] | None, chunks: float) -> dict[st
         "retrievals": median("retrievals"),
         "bytes_loaded": median("bytes_loaded"),
         "bytes_per_chunk": median("bytes_loaded") / chunks,
+        "device_bytes": median("read"),
         "stages": {stage: Summary.of(r["times"].get(stage, 0.0) for r in runs).median for stage in stages},
         "load_average": Summary.of(r["load"] for r in runs).median,
     }
@@ -134,6 +148,7 @@ def show(rows: list[dict], batch: int, threads: int) -> None:
         "first",
         "KV each",
         "loaded/chunk",
+        "from device",
         "load",
     )
     lines = [
@@ -147,6 +162,7 @@ def show(rows: list[dict], batch: int, threads: int) -> None:
             f"{r['ttft_s'] * 1000:.0f} ms",
             mebibytes(r["kv_bytes"]),
             mebibytes(r["bytes_per_chunk"]),
+            mebibytes(r["device_bytes"]),
             f"{r['load_average']:.2f}",
         )
         for r in rows

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
+
+Result = TypeVar("Result")
 
 SCHEMA = 2
 
@@ -36,6 +40,20 @@ def show_table(
     for row in rows:
         table.add_row(*row)
     Console(width=max(150, Console().width)).print(table)
+
+
+@contextmanager
+def progress(what: str, total: int) -> Iterator[Callable[[Result], Result]]:
+    """A bar on standard error; what it yields counts one and hands its argument back."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(what, total=total)
+
+        def count(result: Result) -> Result:
+            bar.advance(task)
+            return result
+
+        yield count
 
 
 def mebibytes(count: float) -> str:

@@ -1,6 +1,8 @@
 """The arithmetic of the benchmarks, and the shape of what they write; never a time."""
 
 import json
+import mmap
+import os
 import statistics
 from dataclasses import replace
 
@@ -11,9 +13,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bench import __main__ as command
-from bench import dispatch, engine, environment, measure, report
+from bench import dispatch, engine, environment, loop, measure, report
 from bench.ceilings import Ceilings
+from bench.evict import device_bytes, evict
 from bench.peers import PEERS, Peer
+from bench.peers.llama import LlamaCpp
 from bench.timing import Summary, interleave, quantile, ratios
 from memory3_kernels import _load
 from memory3_kernels._registry import OPS, Cost
@@ -54,7 +58,7 @@ def test_interleave():
 def made_up_run(wall, loaded=0, **times):
     return {
         "new_tokens": 128, "wall_s": wall, "cpu_s": wall, "ttft_s": wall / 4, "kv_bytes": 1000, "retrievals": 3,
-        "bytes_loaded": loaded, "load": 0.5, "times": times,
+        "bytes_loaded": loaded, "read": loaded // 2, "load": 0.5, "times": times,
     }  # fmt: skip
 
 
@@ -65,7 +69,7 @@ def test_summary_of_an_arm():
     assert row["tokens_per_s"] == 128 / 2.5 and row["wall_s"] == 2.5 and row["ttft_s"] == 2.5 / 4
     assert row["ratio"] == 0.8, "the median of 0.5, 0.8 and 1.0; not the ratio of the medians"
     assert row["cpu_ratio"] == 0.8 and row["cpu_s"] == 2.5
-    assert row["bytes_per_chunk"] == 100 and row["runs"] == 3
+    assert row["bytes_per_chunk"] == 100 and row["device_bytes"] == 200 and row["runs"] == 3
     assert row["stages"] == {"decode": 1.5, "load": 0.0}
     assert engine.summary(runs, None, chunks=4)["ratio"] is None
 
@@ -106,8 +110,11 @@ def test_whole_suite_on_a_tiny_model(tmp_path):
     by = {row["arm"]: row for row in rows}
     assert list(by) == list(engine.ARMS) and all(row["batch"] == 2 and row["runs"] == 2 for row in rows)
     assert by["none"]["ratio"] == 1.0 and by["none"]["retrievals"] == 0
-    assert by["warm"]["retrievals"] == by["cold"]["retrievals"] == 2 and by["rag"]["retrievals"] == 2
-    assert by["warm"]["bytes_loaded"] == 0 < by["cold"]["bytes_loaded"]
+    assert (
+        by["warm"]["retrievals"] == by["cold"]["retrievals"] == by["disk"]["retrievals"] == 2
+        and by["rag"]["retrievals"] == 2
+    )
+    assert by["warm"]["bytes_loaded"] == 0 < by["cold"]["bytes_loaded"] == by["disk"]["bytes_loaded"]
     assert by["cold"]["bytes_per_chunk"] == by["cold"]["bytes_loaded"] / 4
     assert by["warm"]["kv_bytes"] > by["none"]["kv_bytes"] and by["rag"]["kv_bytes"] > by["warm"]["kv_bytes"]
 
@@ -226,3 +233,49 @@ def test_run_smoke_writes_a_document(tmp_path, capsys):
 
 def test_source_hash_follows_the_sources():
     assert environment.source_hash("memory_decode") != environment.source_hash("memory_attention")
+
+
+def test_evicted_pages_come_from_the_device_again(tmp_path):
+    """Also those that a mapping of this process held."""
+    path = tmp_path / "data"
+    path.write_bytes(os.urandom(1 << 22))
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as mapped:
+        before = bytes(mapped)
+        evict(path)
+        read = device_bytes()
+        if bytes(mapped) != before:
+            pytest.fail("the file changed")
+        if device_bytes() == read:
+            pytest.skip("this file system keeps files in memory")
+        assert device_bytes() - read >= 1 << 22
+
+
+class FakeLlama:
+    def generate(self, ids, new):
+        return {"prefill_s": 0.25, "decode_s": 0.75, "ids": list(range(new))}
+
+
+def test_loop_rows(capsys):
+    """Every arm at every batch, llama.cpp beside them at batch 1; bandwidth counts the weights of a step."""
+    model = make_model()
+    rows = loop.measure({"dense": model}, FakeLlama(), [prompt(32, 1), prompt(32, 2)], [1, 2], 16, 2, CEILINGS)
+    by = {(r["arm"], r["batch"]): r for r in rows}
+    assert list(by) == [("dense", 1), ("dense", 2), ("llama.cpp", 1)]
+    peer, own = by["llama.cpp", 1], by["dense", 2]
+    assert peer["tokens_per_s"] == 16 and peer["step_ms"] == 50 and peer["prefill_tokens_per_s"] == 64
+    assert peer["ratio"] == 1 and peer["weight_bytes"] is None and peer["gb_per_s"] is None
+    assert own["ratio"] == pytest.approx(own["tokens_per_s"] / 16, rel=0.5) and own["batch_ratio"] > 0
+    assert own["gb_per_s"] == pytest.approx(own["weight_bytes"] / own["step_ms"] / 1e6)
+    assert own["weight_bytes"] == loop.weight_bytes(model) > 0
+    loop.show(rows, CEILINGS)
+    assert "llama.cpp, batch 1" in capsys.readouterr().out
+
+
+def test_llama_in_another_process_says_why_it_ended(tmp_path):
+    fake = tmp_path / "python"
+    fake.write_text('#!/bin/sh\necho \'{"version": "0"}\'\nexit 3\n')
+    fake.chmod(0o755)
+    with LlamaCpp(fake, "model.gguf", 1) as peer:
+        assert peer.about == {"version": "0"}
+        with pytest.raises(RuntimeError, match="ended with status 3"):
+            peer._read()

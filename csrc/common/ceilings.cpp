@@ -18,4 +18,11 @@ uint32_t m3_ceiling_read(const void* data, int64_t bytes) {
   return total;
 }
 
-int64_t m3_ceiling_dot(int64_t steps) { return M3_AT_LEVEL(ceiling_dot)(steps); }
+int64_t m3_ceiling_dot(int64_t steps, int64_t copies) {
+  const auto kernel = M3_AT_LEVEL(ceiling_dot);
+  std::atomic<int64_t> total{0};
+  m3::parallel_for(copies, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) total += kernel(steps);
+  });
+  return total;
+}
