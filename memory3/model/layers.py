@@ -50,7 +50,8 @@ class Linear(nn.Module):
                 raise RuntimeError("low-bit weights have no gradient: load the model with weights='dense' to train it")
             return packed_linear(x, self.packed)
         weight = self.weight
-        if torch.is_grad_enabled() or weight.device.type != "cpu" or not x.numel():
+        trains = torch.is_grad_enabled() or torch.is_autocast_enabled("cpu")
+        if trains or weight.device.type != "cpu" or not x.numel():
             return F.linear(x, weight)
         if weight.dtype is torch.bfloat16 and weight.shape[1] % BLOCK == 0 and native_reason() is None:
             return packed_linear(x, self.inference_weight())

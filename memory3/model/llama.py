@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from memory3_kernels import memory_attention, memory_decode
 
@@ -43,6 +44,7 @@ class Llama(nn.Module):
         self.head = Linear(config.dim, config.vocab_size, self.embed if config.tied else None)
         self.scale = config.head_dim**-0.5
         self.rope = Rope(config)
+        self.checkpointing = False  # recompute each layer in the backward pass instead of keeping its activations
         self._native: NativeStep | None = None
         self._set_memory(memory)
 
@@ -63,7 +65,9 @@ class Llama(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.embed.dtype
+        """What attention and memories compute in: the weights' dtype, or autocast's where it is on."""
+        device = self.embed.device.type
+        return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.embed.dtype
 
     @torch.no_grad()
     def init_weights(self, seed: int = 0, std: float = 0.02) -> Llama:
@@ -82,17 +86,23 @@ class Llama(nn.Module):
     def split(self, qkv: Tensor, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """[T, Hq + 2 Hkv, D] before RoPE -> rotated q [T, Hq, D], rotated k and plain v [T, Hkv, D]."""
         hq, hkv = self.config.n_heads, self.config.n_kv_heads
-        rotated = self.rope.rotate(qkv[:, : hq + hkv], rotary)
+        rotated = self.rope.rotate(qkv[:, : hq + hkv], rotary).to(qkv.dtype)  # under autocast the tables are wider
         return rotated[:, :hq], rotated[:, hq:], qkv[:, hq + hkv :]
 
     def _run(self, tokens: Tensor, positions: Sequence[int], attend: Attend) -> Tensor:
         x = self.embed[tokens]
         rotary = self.rope.at(torch.tensor(positions, dtype=torch.int64, device=tokens.device), x.dtype)
-        for layer, block in enumerate(self.blocks):
+
+        def run(layer: int, x: Tensor) -> Tensor:
+            block = self.blocks[layer]
             q, k, v = self.split(block.project(x), rotary)
             with span("attention"):
                 attended = attend(layer, q, k, v)
-            x = block.finish(x, attended)
+            return block.finish(x, attended)
+
+        recompute = self.checkpointing and torch.is_grad_enabled()
+        for layer in range(self.config.n_layers):
+            x = checkpoint(run, layer, x, use_reentrant=False) if recompute else run(layer, x)
         return x
 
     def logits(self, hidden: Tensor) -> Tensor:

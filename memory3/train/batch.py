@@ -1,0 +1,86 @@
+"""What one forward pass of training takes: packed sequences, the rows that are predicted, the references they read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Piece(NamedTuple):
+    """Rows of a sequence up to `end` (exclusive) that read the same references, given by record id."""
+
+    end: int
+    reads: tuple[bytes, ...]
+
+
+class Sample(NamedTuple):
+    """One sequence.
+
+    ids     all tokens, openings included; positions follow from whether it is read in memory mode
+    first   ids[first:] are predicted, each from the token before it; 1 or more
+    pieces  in memory mode, ascending and ending at len(ids); empty: a sequence without memory at position 0
+    """
+
+    ids: tuple[int, ...]
+    first: int
+    pieces: tuple[Piece, ...] = ()
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Operands of the model.
+
+    tokens   int64 [T]; cu int32 [B + 1]
+    rows     int64 [N], rows whose next token is predicted; targets int64 [N], those tokens
+    cu_chunk int32 [C + 1] and slots int32 [C, R] (-1 none), or None for sequences without memory
+    reads    record ids, number i in slot i: each once, however many chunks read it
+    """
+
+    tokens: Tensor
+    cu: Tensor
+    rows: Tensor
+    targets: Tensor
+    cu_chunk: Tensor | None
+    slots: Tensor | None
+    reads: tuple[bytes, ...]
+
+
+def make_batch(samples: Sequence[Sample]) -> Batch:
+    """Pack samples that are all with memory or all without.
+
+    Raises ValueError naming a sample with nothing to predict, or with pieces that do not cover it.
+    """
+    with_memory = bool(samples and samples[0].pieces)
+    tokens: list[int] = []
+    cu, rows, cu_chunk, sets = [0], [], [0], []
+    for i, sample in enumerate(samples):
+        length = len(sample.ids)
+        if not 1 <= sample.first < length:
+            raise ValueError(f"samples[{i}].first: expected 1..{length - 1} (tokens {length}), got {sample.first}")
+        if bool(sample.pieces) != with_memory or (with_memory and sample.pieces[-1].end != length):
+            raise ValueError(
+                f"samples[{i}].pieces: expected {'pieces up to ' + str(length) if with_memory else 'none'} as the "
+                f"first sample of the batch, got {[p.end for p in sample.pieces]}"
+            )
+        start = len(tokens)
+        tokens.extend(sample.ids)
+        cu.append(len(tokens))
+        rows.extend(range(start + sample.first - 1, start + length - 1))
+        for piece in sample.pieces:
+            cu_chunk.append(start + piece.end)
+            sets.append(piece.reads)
+    flat = torch.tensor(tokens, dtype=torch.int64)
+    at = torch.tensor(rows, dtype=torch.int64)
+    targets = flat[at + 1] if len(at) else at
+    offsets = torch.tensor(cu, dtype=torch.int32)
+    if not with_memory:
+        return Batch(flat, offsets, at, targets, None, None, ())
+    number = {record: n for n, record in enumerate(dict.fromkeys(r for reads in sets for r in reads))}
+    width = max(map(len, sets))
+    slots = [[*(number[r] for r in reads), *[-1] * (width - len(reads))] for reads in sets]
+    table = torch.tensor(slots, dtype=torch.int32).view(len(sets), width)
+    return Batch(flat, offsets, at, targets, torch.tensor(cu_chunk, dtype=torch.int32), table, tuple(number))
