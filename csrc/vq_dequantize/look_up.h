@@ -33,11 +33,16 @@ inline F32 row_vector(const T* table, const uint32_t* at, F32 before = F32{}) {
     return row;
 }
 
-// kDim is a multiple of kLanes.
-template <int kDim, int kParts, int kFrom = 0, class T, class Out>
+// Elements kAt.. of a vector in the coded basis. kDim is a multiple of kLanes.
+template <int kDim, int kParts, int kAt, class T>
+inline F32 look_up_lanes(const T* coarse, const T* fine, const uint32_t* at) {
+  return row_vector<kDim / 2, kAt>(coarse, at) + row_vector<kDim / kParts, kAt>(fine, at + 2);
+}
+
+template <int kDim, int kParts, int kAt = 0, class T, class Out>
 inline void look_up_fixed(const T* coarse, const T* fine, const uint32_t* at, Out* row) {
-  store(row + kFrom, row_vector<kDim / 2, kFrom>(coarse, at) + row_vector<kDim / kParts, kFrom>(fine, at + 2));
-  if constexpr (kFrom + kLanes < kDim) look_up_fixed<kDim, kParts, kFrom + kLanes>(coarse, fine, at, row);
+  store(row + kAt, look_up_lanes<kDim, kParts, kAt>(coarse, fine, at));
+  if constexpr (kAt + kLanes < kDim) look_up_fixed<kDim, kParts, kAt + kLanes>(coarse, fine, at, row);
 }
 
 // ---- any shape -----------------------------------------------------------------------------------------------------

@@ -45,7 +45,7 @@ class Unpacker {
   int64_t pitch() const { return (parts_ + 2 + kLanes - 1) / kLanes * kLanes; }
 
   // at[0], at[1]: into the coarse table; at[2..2 + M): into the fine table.
-  void unpack(const uint8_t* code, uint32_t* at) const {
+  inline __attribute__((always_inline)) void unpack(const uint8_t* code, uint32_t* at) const {
 #if defined(__AVX512BW__)
     if (in_one_vector()) {
       const __m128i all = _mm_maskz_loadu_epi8(static_cast<__mmask16>((1u << bytes_) - 1), code);
@@ -56,14 +56,18 @@ class Unpacker {
       return;
     }
 #endif
+    unpack_each(code, at);
+  }
+
+ private:
+  bool in_one_vector() const { return bytes_ <= 16 && parts_ + 2 <= kLanes; }
+
+  __attribute__((noinline)) void unpack_each(const uint8_t* code, uint32_t* at) const {
     uint8_t padded[kMaxCode + 4];  // any index can be read as four bytes
     memcpy(padded, code, bytes_);
     for (int64_t i = 0; i < 2; ++i) at[i] = entry(padded, i * coarse_bits_, coarse_bits_, i, half_);
     for (int64_t m = 0; m < parts_; ++m) at[2 + m] = entry(padded, first_ + m * fine_bits_, fine_bits_, m, width_);
   }
-
- private:
-  bool in_one_vector() const { return bytes_ <= 16 && parts_ + 2 <= kLanes; }
 
   static uint32_t entry(const uint8_t* code, int64_t bit, int64_t bits, int64_t part, int64_t width) {
     uint32_t word;

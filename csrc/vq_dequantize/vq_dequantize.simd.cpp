@@ -1,146 +1,126 @@
-// Blocks of vectors: codes are unpacked and the coarse entries they name asked for one block ahead; then table entries
-// are summed, straight into the result, or into a block on the stack that is multiplied by rot.
+// Vectors one by one are sums of table entries, written straight into the result, or into a few rows on the stack that
+// are then multiplied by rot.
 #include "m3/vq_dequantize.h"
 
 #include "look_up.h"
 #include "rotate.h"
-#include "unpack.h"
+#include "walk.h"
 
 namespace m3 {
 namespace M3_LEVEL {
 namespace {
 
-constexpr int64_t kBlock = 32;          // vectors of a block, at most
-constexpr int64_t kBlockFloats = 8192;  // and this many floats, at most
-constexpr int64_t kBlockPlaces = kRows * (M3_BOOK_MAX_DIM + 2 * kLanes);
-
-struct Places {
-  alignas(64) uint32_t at[kBlockPlaces];
-};
-
-// Codes in runs of `per_run`, `stride` bytes apart within a run.
-struct Codes {
-  const uint8_t* const* runs;
-  int64_t per_run, stride;
-};
-
 // A shape of book, known at compile time or not.
-template <int kDim, int kParts>
+template <int D, int M>
 struct Fixed {
-  static int64_t entry_elements(const M3Book&) { return kDim / 2; }
+  static constexpr int kDim = D;
   template <class T, class Out>
   static void look_up(const M3Book& book, const uint32_t* at, Out* row) {
-    look_up_fixed<kDim, kParts>(static_cast<const T*>(book.coarse), static_cast<const T*>(book.fine), at, row);
+    look_up_fixed<D, M>(static_cast<const T*>(book.coarse), static_cast<const T*>(book.fine), at, row);
+  }
+  template <class T, int kAt>
+  static F32 look_up_lanes(const M3Book& book, const uint32_t* at) {
+    return m3::M3_LEVEL::look_up_lanes<D, M, kAt>(static_cast<const T*>(book.coarse), static_cast<const T*>(book.fine),
+                                                  at);
   }
 };
 struct Any {
-  static int64_t entry_elements(const M3Book& book) { return book.dim / 2; }
+  static constexpr int kDim = 0;
   template <class T, class Out>
   static void look_up(const M3Book& book, const uint32_t* at, Out* row) {
     look_up_any<T>(book, at, row);
   }
 };
 
-// Goes through the codes in blocks.
-template <class T, class Shape>
-class Walk {
- public:
-  Walk(const M3Book& book, const Codes& codes, int64_t count)
-      : book_(book), unpacker_(book), codes_(codes), left_(count), block_(kBlock) {
-    while (block_ > kRows && (block_ * (book.dim + kPad) > kBlockFloats || block_ * unpacker_.pitch() > kBlockPlaces))
-      block_ /= 2;
-  }
-
-  // Calls `row(r, places of its entries)` for the vectors r of a block, then `end(vectors in it)`.
-  template <class Row, class End>
-  void run(const Row& row, const End& end) {
-    Places places[2];
-    int which = 0;
-    int64_t now = unpack(places[0]);
-    for (int64_t r = 0; r < now; ++r) ask(places[0].at + r * unpacker_.pitch());
-    while (now > 0) {
-      const uint32_t *at = places[which].at, *ahead = places[1 - which].at;
-      const int64_t next = unpack(places[1 - which]), pitch = unpacker_.pitch();
-      for (int64_t r = 0; r < now; ++r) {
-        if (r < next) ask(ahead + r * pitch);
-        row(r, at + r * pitch);
-      }
-      end(now);
-      now = next, which = 1 - which;
-    }
-  }
-
- private:
-  // Places of the next block's entries; returns its number of vectors.
-  int64_t unpack(Places& places) {
-    const int64_t count = left_ < block_ ? left_ : block_;
-    for (int64_t r = 0; r < count; ++r) {
-      unpacker_.unpack(*codes_.runs + in_run_ * codes_.stride, places.at + r * unpacker_.pitch());
-      if (++in_run_ == codes_.per_run) in_run_ = 0, ++codes_.runs;
-    }
-    left_ -= count;
-    return count;
-  }
-
-  // Coarse tables (5 MB in the paper's shape) lie outside L1 and L2.
-  void ask(const uint32_t* at) const {
-    const int64_t bytes = Shape::entry_elements(book_) * static_cast<int64_t>(sizeof(T));
-    for (int64_t i = 0; i < 2; ++i) {
-      const char* entry = reinterpret_cast<const char*>(static_cast<const T*>(book_.coarse) + at[i]);
-      for (int64_t byte = 0; byte < bytes; byte += 64) __builtin_prefetch(entry + byte);
-    }
-  }
-
-  const M3Book& book_;
-  const Unpacker unpacker_;
-  Codes codes_;
-  int64_t left_, block_, in_run_ = 0;
+// Rows of D elements of type Row, as elements E of a product: floats as they are, bf16 in pairs.
+template <class Row>
+struct Product {
+  typedef float Element;
+  static constexpr int kMostDim = M3_BOOK_MAX_DIM, kDepth = 1;
+};
+template <>
+struct Product<BF16> {
+  typedef uint32_t Element;
+  static constexpr int kMostDim = 128, kDepth = 2;  // the packed rotation lies on the stack
 };
 
-template <class T, class Out, class Shape>
-void decode(const M3Book& book, const Codes& codes, int64_t count, Out* out, Shape) {
-  Walk<T, Shape> walk(book, codes, count);
+// One of the rows to come is looked up while the present ones are multiplied: table look-ups wait for caches and
+// products for the multipliers, so that together they take little longer than the products alone. `sum` gains
+// D / kDepth / kRows steps, `row` all its elements.
+template <class T, class Shape, int kAt = 0, int kVecs, class Row, class E>
+inline __attribute__((always_inline)) void multiply_and_look_up(const M3Book& book, const uint32_t* at, Row* row,
+                                                                F32 (&sum)[kRows][kVecs], const E* x, const E* rot) {
+  constexpr int kDepth = Shape::kDim / Product<Row>::kDepth, kSteps = kLanes / Product<Row>::kDepth / kRows;
+#pragma GCC unroll 8
+  for (int e = 0; e < kSteps; ++e) multiply(sum, x + e, kDepth, rot + e * Shape::kDim);
+  store(row + kAt, Shape::template look_up_lanes<T, kAt>(book, at));
+  if constexpr (kAt + kLanes < Shape::kDim)
+    multiply_and_look_up<T, Shape, kAt + kLanes>(book, at, row, sum, x + kSteps, rot + kSteps * Shape::kDim);
+}
+
+template <class T, class Shape, class Row, class E, class Out>
+void decode_rotated(const M3Book& book, Walk<T>& walk, int64_t count, const E* rot, Out* out) {
+  constexpr int kMost = Shape::kDim ? Shape::kDim : Product<Row>::kMostDim;
+  constexpr bool kBeside = kLanes == 16 && Shape::kDim > 0 && Shape::kDim <= kMostColumns * kLanes;
+  alignas(64) Row rows[1 + kBeside][kRows * kMost] = {};
+  const int64_t dim = Shape::kDim ? Shape::kDim : book.dim, depth = dim / Product<Row>::kDepth;
+  const auto look_up = [&](Row* to, int64_t n) {
+    for (int64_t r = 0; r < n; ++r) Shape::template look_up<T>(book, walk.next(), to + r * dim);
+  };
+  const auto at_most = [](int64_t n) { return n < kRows ? n : kRows; };
+  if constexpr (kBeside) {
+    int which = 0;
+    look_up(rows[0], at_most(count));
+    for (; count > 0; count -= kRows, which = 1 - which, out += kRows * dim) {
+      const E* x = reinterpret_cast<const E*>(rows[which]);
+      Row* to = rows[1 - which];
+      const uint32_t* at[kRows];  // all beforehand: a call in between would move the sums to memory and back
+      for (int64_t r = 0; r < kRows; ++r) at[r] = walk.next();
+      F32 sum[kRows][Shape::kDim / kLanes] = {};
+      for (int64_t r = 0; r < kRows; ++r)
+        multiply_and_look_up<T, Shape>(book, at[r], to + r * dim, sum, x + r * depth / kRows,
+                                       rot + r * depth / kRows * dim);
+      store_rows(sum, count, dim, out);
+    }
+  } else {
+    for (; count > 0; count -= kRows, out += kRows * dim) {
+      look_up(rows[0], at_most(count));
+      rotate(rot, dim, depth, reinterpret_cast<const E*>(rows[0]), count, out);
+    }
+  }
+}
+
+template <class T, class Shape, class Out>
+void decode(const M3Book& book, const Codes& codes, int64_t count, Out* out) {
+  Walk<T> walk(book, codes, count);
   if (book.rot == nullptr) {
-    walk.run([&](int64_t r, const uint32_t* at) { Shape::template look_up<T>(book, at, out + r * book.dim); },
-             [&](int64_t n) { out += n * book.dim; });
+    const int64_t dim = Shape::kDim ? Shape::kDim : book.dim;
+    for (int64_t i = 0; i < count; ++i) Shape::template look_up<T>(book, walk.next(), out + i * dim);
     return;
   }
   if constexpr (kPaired<Out>) {
-    if (book.dim <= kPairDim && book.dim % kLanes == 0) {
-      alignas(64) uint32_t rot[kPairDim / 2 * kPairDim];
-      alignas(64) BF16 rows[kBlock * kPairDim] = {};
+    constexpr int kMost = Product<BF16>::kMostDim;
+    if (book.dim <= kMost && book.dim % kLanes == 0) {
+      alignas(64) uint32_t rot[kMost / 2 * kMost];
       pack_rotation(book.rot, book.dim, rot);
-      walk.run([&](int64_t r, const uint32_t* at) { Shape::template look_up<T>(book, at, rows + r * book.dim); },
-               [&](int64_t n) {
-                 for (int64_t r = 0; r < n; r += kRows)
-                   rotate_pairs(rot, book.dim, reinterpret_cast<const uint32_t*>(rows + r * book.dim), n - r,
-                                out + r * book.dim);
-                 out += n * book.dim;
-               });
-      return;
+      return decode_rotated<T, Shape, BF16>(book, walk, count, rot, out);
     }
   }
-  alignas(64) float rows[kBlockFloats] = {};
-  const int64_t pitch = book.dim;
-  walk.run([&](int64_t r, const uint32_t* at) { Shape::template look_up<T>(book, at, rows + r * pitch); },
-           [&](int64_t n) {
-             for (int64_t r = 0; r < n; r += kRows)
-               rotate(book.rot, book.dim, rows + r * pitch, pitch, n - r, out + r * book.dim);
-             out += n * book.dim;
-           });
+  decode_rotated<T, Shape, float>(book, walk, count, book.rot, out);
 }
 
 template <class T, class Out>
 void decode_shape(const M3Book& book, const Codes& codes, int64_t count, Out* out) {
   const auto is = [&](int64_t dim, int64_t parts) { return book.dim == dim && book.fine_parts == parts; };
+  if (count == 0) return;
   if (is(80, 8))
-    decode<T>(book, codes, count, out, Fixed<80, 8>{});
+    decode<T, Fixed<80, 8>>(book, codes, count, out);
   else if (is(64, 8))
-    decode<T>(book, codes, count, out, Fixed<64, 8>{});
+    decode<T, Fixed<64, 8>>(book, codes, count, out);
   else if (is(128, 16))
-    decode<T>(book, codes, count, out, Fixed<128, 16>{});
+    decode<T, Fixed<128, 16>>(book, codes, count, out);
   else
-    decode<T>(book, codes, count, out, Any{});
+    decode<T, Any>(book, codes, count, out);
 }
 
 }  // namespace
