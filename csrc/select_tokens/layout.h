@@ -5,11 +5,12 @@
 
 namespace m3 {
 
-constexpr int64_t kSelectRows = 6;  // queries scored together
+constexpr int64_t kSelectRows = 12;  // query vectors scored together, at most
 
 struct SelectLayout {
   int64_t columns;                             // keys, padded to two vectors of the widest level
-  int64_t keys, query, score, weight, highest; // offsets: [D, columns], [6, D], [6, columns], [columns], [columns]
+  int64_t width;                               // of a query: floats, or pairs of bf16
+  int64_t keys, query, score, weight, highest; // offsets: [width, columns], [12, width], [12, columns], 2 x [columns]
   int64_t floats;
 };
 
@@ -17,9 +18,10 @@ struct SelectLayout {
 static inline SelectLayout select_layout(const M3SelectTokensParams& p) {
   SelectLayout at;
   at.columns = (p.rows + 31) / 32 * 32;
+  at.width = (p.dim + 15) / 16 * 16;
   at.keys = 0;
-  at.query = at.keys + p.dim * at.columns;
-  at.score = at.query + (kSelectRows * p.dim + 15) / 16 * 16;
+  at.query = at.keys + at.width * at.columns;
+  at.score = at.query + kSelectRows * at.width;
   at.weight = at.score + kSelectRows * at.columns;
   at.highest = at.weight + at.columns;
   at.floats = at.highest + at.columns;

@@ -1,86 +1,102 @@
-// One (reference, KV head): the keys are transposed once to [D, columns] float32, so that lanes run over keys. Queries
-// come in blocks of six: their scores against all keys (12 accumulators), then a softmax per row added to the column
-// sums (received, causal), or a running log-sum-exp per column (exp). Last, the K best columns.
+// One (reference, KV head): the keys become columns once, so that lanes run over keys. The query vectors of the group
+// come in blocks: their scores against all keys, then a softmax per row added to the column sums (received, causal), or
+// a running log-sum-exp per column (exp). Last, the K best columns. Scores are times log2 e: powers are of 2.
 #include "m3/select_tokens.h"
 
-#include "common/vec.h"
+#include "common/attention_tile.h"
 #include "select_tokens/layout.h"
+#include "select_tokens/power.h"
 
 namespace m3 {
 namespace M3_LEVEL {
 namespace {
 
 constexpr float kLowest = -3.4028234663852886e38f;
+constexpr float kLog2E = 1.4426950408889634f;
+constexpr int kRows = kLanes < kSelectRows ? kLanes : kSelectRows;  // of a block: full steps of the products
 
-// keys[d][c] = k[base + c][d]; columns past `used` are 0.
+int64_t whole_vectors(int64_t n) { return (n + kLanes - 1) / kLanes * kLanes; }
+
+// keys[d][c]: element (or pair) d of row c; columns from `used` up to the next vector are copies of the last row.
 template <class T>
-void transpose_keys(const T* k, int64_t stride, int64_t dim, int64_t used, int64_t columns, float* keys) {
-  for (int64_t d = 0; d < dim; ++d)
-    for (int64_t c = used; c < columns; ++c) keys[d * columns + c] = 0.f;
-  for (int64_t d = 0; d < dim; d += 8)  // eight lines at a time stay in L1 while a row's elements are spread over them
-    for (int64_t c = 0; c < used; ++c)
-      for (int64_t e = 0; e < 8; ++e) keys[(d + e) * columns + c] = to_float(k[c * stride + d + e]);
-}
-
-// query[r][d] = scale * q[row + r][d]; rows past `count` are 0.
-template <class T>
-void scale_queries(const T* q, int64_t stride, int64_t dim, int64_t count, float scale, float* query) {
-  for (int64_t r = 0; r < kSelectRows; ++r)
-    for (int64_t d = 0; d < dim; ++d) query[r * dim + d] = r < count ? scale * to_float(q[r * stride + d]) : 0.f;
-}
-
-// score[r][c] for columns [0, end), end a multiple of 2 * kLanes.
-void score_block(const float* query, const float* keys, int64_t dim, int64_t columns, int64_t end, float* score) {
-  for (int64_t c = 0; c < end; c += 2 * kLanes) {
-    F32 sum[kSelectRows][2] = {};
-    for (int64_t d = 0; d < dim; ++d) {
-      const F32 k0 = load(keys + d * columns + c), k1 = load(keys + d * columns + c + kLanes);
-      for (int64_t r = 0; r < kSelectRows; ++r) {
-        sum[r][0] += query[r * dim + d] * k0;
-        sum[r][1] += query[r * dim + d] * k1;
-      }
-    }
-    for (int64_t r = 0; r < kSelectRows; ++r) {
-      store(score + r * columns + c, sum[r][0]);
-      store(score + r * columns + c + kLanes, sum[r][1]);
-    }
+void pack_keys(const T* k, int64_t stride, int dim, int64_t used, int64_t columns, float* keys) {
+  const T* rows[kLanes];
+  for (int64_t c = 0; c < used; c += kLanes) {
+    const int count = static_cast<int>(used - c < kLanes ? used - c : kLanes);
+    for (int i = 0; i < count; ++i) rows[i] = k + (c + i) * stride;
+    if constexpr (kPaired<T>)
+      pack_pair_columns(rows, count, dim, reinterpret_cast<uint32_t*>(keys) + c, columns);
+    else
+      pack_columns(rows, count, dim, keys + c, columns);
   }
 }
 
-// score[0..seen) becomes exp(score - max), the rest of [0, end) 0; returns 1 / their sum.
-float exponentials(float* score, int64_t seen, int64_t end) {
-  for (int64_t c = seen; c < end; ++c) score[c] = -kInf;
-  F32 high = splat(-kInf);
-  for (int64_t c = 0; c < end; c += kLanes) high = max(high, load(score + c));
-  const float top = max(high);
-  F32 total = {};
-  for (int64_t c = 0; c < end; c += kLanes) {
-    const F32 e = exp(load(score + c) - top);
-    store(score + c, e);
-    total += e;
+// score[r][c] = factor q_r . k_c for columns [0, end), end a multiple of kLanes.
+template <class T>
+void score_block(const T* const* q, int count, int dim, float factor, const float* keys, int64_t columns, int end,
+                 int64_t width, float* query, float* score) {
+  if constexpr (kPaired<T>) {
+    uint32_t* pairs = reinterpret_cast<uint32_t*>(query);
+    for (int r = 0; r < count; ++r) copy_pairs(q[r], dim, pairs + r * width);
+    pair_gemm<false>(pairs, width, reinterpret_cast<const uint32_t*>(keys), columns, count, end, pair_padded(dim) / 2,
+                     factor, score, columns);
+  } else {
+    for (int r = 0; r < count; ++r) pack_row(q[r], dim, factor, query + r * width);
+    gemm(Strided{query, width, 1}, Rows<float>{keys, columns}, count, end, dim, score, columns, false);
   }
-  return 1.f / sum(total);
 }
 
-// weight += sum of the block's softmax rows; row r sees the first seen + r * step columns.
-void add_softmax(float* score, int64_t columns, int64_t end, int64_t count, int64_t seen, int64_t step, float* weight) {
-  float share[kSelectRows] = {};
-  for (int64_t r = 0; r < count; ++r) share[r] = exponentials(score + r * columns, seen + r * step, end);
+// Columns from `seen` up to `end` become -inf.
+void hide_columns(float* score, int64_t seen, int64_t end) {
+  for (int64_t c = seen / kLanes * kLanes; c < end; c += kLanes) {
+    I32 lane;
+    for (int i = 0; i < kLanes; ++i) lane[i] = i;
+    const I32 visible = lane < static_cast<int32_t>(seen - c);
+    store(score + c, select(visible, load(score + c), splat(-kInf)));
+  }
+}
+
+// weight += sum of the block's softmax rows; row r sees the first seen[r] columns.
+void add_softmax(float* score, int64_t columns, int64_t end, int count, const int64_t* seen, float* weight) {
+  const Power power;
+  F32 part[kLanes];
+  for (int r = 0; r < kLanes; ++r) part[r] = F32{};
+  for (int r = 0; r < count; ++r) {
+    float* row = score + r * columns;
+    hide_columns(row, seen[r], end);
+    part[r] = load(row);
+    for (int64_t c = kLanes; c < end; c += kLanes) part[r] = max(part[r], load(row + c));
+  }
+  float top[kLanes], share[kLanes];
+  store(top, max_each(part));
+  for (int r = 0; r < kLanes; ++r) part[r] = splat(1.f);
+  for (int r = 0; r < count; ++r) {
+    float* row = score + r * columns;
+    F32 total = {};
+    for (int64_t c = 0; c < end; c += kLanes) {
+      const F32 e = power(load(row + c) - top[r]);
+      store(row + c, e);
+      total += e;
+    }
+    part[r] = total;
+  }
+  store(share, 1.f / sum_each(part));
   for (int64_t c = 0; c < end; c += kLanes) {
     F32 block = {};  // the block first: fewer roundings of the long sum
-    for (int64_t r = 0; r < count; ++r) block += load(score + r * columns + c) * share[r];
+    for (int r = 0; r < count; ++r) block += load(score + r * columns + c) * share[r];
     store(weight + c, load(weight + c) + block);
   }
 }
 
-// Running log-sum-exp per column: highest[c] and weight[c] = sum exp(score - highest).
-void add_exponentials(const float* score, int64_t columns, int64_t end, int64_t count, float* highest, float* weight) {
+// Running log-sum-exp per column: highest[c] and weight[c] = sum 2^(score - highest).
+void add_powers(const float* score, int64_t columns, int64_t end, int count, float* highest, float* weight) {
+  const Power power;
   for (int64_t c = 0; c < end; c += kLanes) {
     const F32 before = load(highest + c);
     F32 top = before;
-    for (int64_t r = 0; r < count; ++r) top = max(top, load(score + r * columns + c));
-    F32 total = load(weight + c) * exp(before - top);
-    for (int64_t r = 0; r < count; ++r) total += exp(load(score + r * columns + c) - top);
+    for (int r = 0; r < count; ++r) top = max(top, load(score + r * columns + c));
+    F32 total = load(weight + c) * power(before - top);
+    for (int r = 0; r < count; ++r) total += power(load(score + r * columns + c) - top);
     store(highest + c, top);
     store(weight + c, total);
   }
@@ -111,7 +127,6 @@ template <class T>
 void select_head(const M3SelectTokensParams& p, int64_t ref, int64_t head, float* workspace) {
   const SelectLayout at = select_layout(p);
   float* keys = workspace + at.keys;
-  float* query = workspace + at.query;
   float* score = workspace + at.score;
   float* weight = workspace + at.weight;
   float* highest = workspace + at.highest;
@@ -124,27 +139,32 @@ void select_head(const M3SelectTokensParams& p, int64_t ref, int64_t head, float
     for (int64_t i = 0; i < p.tokens; ++i) index[i] = -1;
     return;
   }
-  const T* q = static_cast<const T*>(p.q) + ref * p.q_stride[0];
+  const T* q = static_cast<const T*>(p.q) + ref * p.q_stride[0] + head * group * p.q_stride[2];
   const T* k = static_cast<const T*>(p.k) + ref * p.k_stride[0] + base * p.k_stride[1] + head * p.k_stride[2];
-  const int64_t step = 2 * kLanes, columns = (used + step - 1) / step * step;
-  transpose_keys(k, p.k_stride[1], p.dim, used, columns, keys);
+  const int dim = static_cast<int>(p.dim);
+  const int64_t columns = at.columns;
+  pack_keys(k, p.k_stride[1], dim, used, columns, keys);
   for (int64_t c = 0; c < columns; ++c) weight[c] = 0.f, highest[c] = -kInf;
-  for (int64_t g = 0; g < group; ++g) {
-    for (int64_t row = p.start; row < length; row += kSelectRows) {
-      const int64_t count = length - row < kSelectRows ? length - row : kSelectRows;
-      const int64_t seen = causal ? row + count : used;  // by the block's last row
-      const int64_t end = (seen + step - 1) / step * step;
-      scale_queries(q + row * p.q_stride[1] + (head * group + g) * p.q_stride[2], p.q_stride[1], p.dim, count, p.scale,
-                    query);
-      score_block(query, keys, p.dim, columns, end, score);
-      if (p.rule == M3_SELECT_EXP)
-        add_exponentials(score, columns, end, count, highest, weight);
-      else
-        add_softmax(score, columns, end, count, causal ? row + 1 : used, causal ? 1 : 0, weight);
+  const int64_t first = p.start * group, last = length * group;  // query vectors: row by row, a row's heads together
+  for (int64_t f = first; f < last; f += kRows) {
+    const int count = static_cast<int>(last - f < kRows ? last - f : kRows);
+    const T* rows[kRows];
+    int64_t seen[kRows];
+    for (int r = 0; r < count; ++r) {
+      const int64_t row = (f + r) / group;
+      rows[r] = q + row * p.q_stride[1] + (f + r) % group * p.q_stride[2];
+      seen[r] = causal ? row + 1 : used;
     }
+    const int64_t end = whole_vectors(seen[count - 1]);
+    score_block(rows, count, dim, p.scale * kLog2E, keys, columns, static_cast<int>(end), at.width,
+                workspace + at.query, score);
+    if (p.rule == M3_SELECT_EXP)
+      add_powers(score, columns, end, count, highest, weight);
+    else
+      add_softmax(score, columns, end, count, seen, weight);
   }
   if (p.rule == M3_SELECT_EXP)
-    for (int64_t c = 0; c < used; ++c) weight[c] = highest[c] + __builtin_logf(weight[c]);
+    for (int64_t c = 0; c < used; ++c) weight[c] = highest[c] + __builtin_log2f(weight[c]);
   const int64_t skip = p.start - base;  // columns of a prefix
   best_columns(weight + skip, used - skip, p.start, p.tokens, index);
 }
