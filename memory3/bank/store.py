@@ -16,6 +16,7 @@ from torch import Tensor
 from ..identity import Identity
 from ..memory import Memory
 from . import reading, report, writing
+from .ahead import announce
 from .codec import Codec
 from .env import DATA_FILE, Environment
 from .errors import BankError, BankNotFound, IdentityMismatch, UnknownRecord
@@ -186,6 +187,8 @@ class Bank:
 
     def cold(self, ids: Sequence[bytes]) -> list[bytes]:
         """Those of `ids` that have no record. Raises UnknownRecord for an id without a reference."""
+        if len(ids):
+            announce(self.env.data_path, "records", ids)  # who asks will read them
         with self.read() as txn:
             missing = [i for i in ids if txn.get(i, db=self.env.db("records")) is None]
             for i in missing:
