@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import NamedTuple
 
 import torch
@@ -47,6 +47,11 @@ class Batch:
     cu_chunk: Tensor | None
     slots: Tensor | None
     reads: tuple[bytes, ...]
+
+    def to(self, device: torch.device) -> Batch:
+        """The same batch on a device."""
+        moved = {f.name: getattr(self, f.name) for f in fields(self)}
+        return Batch(**{name: x.to(device) if isinstance(x, Tensor) else x for name, x in moved.items()})
 
 
 def make_batch(samples: Sequence[Sample]) -> Batch:
