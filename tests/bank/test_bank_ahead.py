@@ -86,5 +86,6 @@ def test_only_what_was_asked_for_is_read(folder):
         announce(path, "records", [key(7), key(8)])
     finally:
         os.posix_fadvise = real
+    assert asked.pop(0)[2] == os.POSIX_FADV_RANDOM
     assert [advice for _, _, advice in asked] == [os.POSIX_FADV_WILLNEED] * 2
     assert sum(size for _, size, _ in asked) == len(value(7)) + len(value(8)) + 32
