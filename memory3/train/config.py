@@ -46,6 +46,8 @@ class TrainConfig:
     length       tokens of a sequence (warmup, continual)
     batch        sequences of one step over all processes; micro_batch: sequences of one forward pass
     drop_memory  share of sft questions that are asked without any reference; drop_gold: with others only
+    own_refs     references that an sft question brings itself; the rest are borrowed from those of the `borrow`
+                 questions around it
     lr           highest learning rate; schedule, warmup_steps, decay, floor: as schedule.rate takes them
     precision    "bf16": autocast over fp32 weights (frozen weights are kept in bf16); "fp32"
     """
@@ -74,6 +76,8 @@ class TrainConfig:
     lora: LoRA | None = None
     drop_memory: float = 0.1
     drop_gold: float = 0.1
+    own_refs: int = 5
+    borrow: int = 16
     seed: int = 0
     log_every: int = 10
     eval_every: int = 200
@@ -96,7 +100,17 @@ class TrainConfig:
             raise ValueError(
                 "model, shape: expected exactly one of them, a checkpoint or a shape to start from scratch"
             )
-        for name in ("length", "batch", "micro_batch", "steps", "log_every", "eval_every", "keep"):
+        for name in (
+            "length",
+            "batch",
+            "micro_batch",
+            "steps",
+            "log_every",
+            "eval_every",
+            "keep",
+            "own_refs",
+            "borrow",
+        ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
         if self.lr <= 0 or self.clip <= 0:

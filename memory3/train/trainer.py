@@ -142,7 +142,8 @@ class Trainer:
     def _step(self) -> tuple[dict[str, float], bool]:
         config, world = self.config, self.world
         torch.manual_seed((config.seed * 1_000_003 + self.step) * world.size + world.rank)  # dropout, if any
-        mine = list(self.source.samples(self.step))[world.rank :: world.size]
+        share = config.batch // world.size  # neighbours stay together: they may share references
+        mine = list(self.source.samples(self.step))[world.rank * share : (world.rank + 1) * share]
         batches = list(micro_batches(mine, config.micro_batch))
         predicted = sum(len(b.targets) for b in batches)
         total, new_tokens, stop = world.sums(predicted, sum(len(b.tokens) for b in batches), self._stop.is_set())

@@ -1,0 +1,193 @@
+"""Tuning on questions and answers: what is asked, which references are read, and the loss on held-out titles.
+
+The query of the retriever is the question alone; memories are fixed before the first answer token. In training a
+question's own ("gold") reference is put among the retrieved ones, except for a share of the questions, so that a model
+also learns to do without; evaluation reads what the retriever finds.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from ..config import MemoryConfig
+from ..data import Entry
+from ..embed import SupportsEncode
+from .batch import Piece, Sample
+from .config import TrainConfig
+from .holdout import Decontaminator, split_of, title_key
+from .questions import passage, questions_about
+
+if TYPE_CHECKING:
+    from ..bank import Bank
+    from ..model.tokenizer import Tokenizer
+
+CANDIDATES = 16  # retrieved per question; those of other splits are left out of training
+MIX = {"fact": 0.25, "reverse": 0.15, "cloze": 0.4, "passage": 0.2}
+EMBED_BATCH = 512
+
+
+class Item(NamedTuple):
+    """A question as tokens; gold: the record that answers it; found: record ids as retrieved, best first."""
+
+    kind: str
+    prompt: tuple[int, ...]
+    answer: tuple[int, ...]
+    gold: bytes
+    found: tuple[bytes, ...] = ()
+
+
+class Questions(NamedTuple):
+    """All questions about a bank by split, and the split of every record."""
+
+    items: dict[str, list[Item]]
+    split: dict[bytes, str]
+
+
+def ask_about(
+    bank: Bank, tokenizer: Tokenizer, memory: MemoryConfig, guard: Decontaminator | None = None, seed: int = 0
+) -> Questions:
+    """Questions about every reference of a bank, each with a prompt of at most one chunk.
+
+    A reference that shares a 13-gram with evaluation texts (`guard`) is not asked about; nor is a question with two
+    different answers.
+    """
+    items: dict[str, list[Item]] = {"train": [], "dev": [], "test": []}
+    split: dict[bytes, str] = {}
+    for record in bank.ids():
+        reference = bank.reference(record)
+        rng = random.Random(f"{seed} {record.hex()}")
+        key = title_key(Entry(reference.title, reference.text, reference.source))
+        split[record] = split_of(key)
+        if guard is not None and guard.shares(reference.text):
+            continue
+        into = items[split[record]]
+        for asked in questions_about(reference.title, reference.text, reference.source, rng):
+            space = "" if asked.prompt.endswith(("\n", " ")) else " "
+            answer = tokenizer.encode(space + asked.answer + ("\n" if asked.stops else ""))
+            into.append(Item(asked.kind, tuple(tokenizer.encode(asked.prompt)), tuple(answer), record))
+        given, wanted = passage(reference.token_ids, rng)
+        if given:
+            into.append(Item("passage", tuple(given), tuple(wanted), record))
+    return Questions({name: _unambiguous(part, memory.chunk) for name, part in items.items()}, split)
+
+
+def _unambiguous(items: Iterable[Item], longest: int) -> list[Item]:
+    answers: dict[tuple[int, ...], set[tuple[int, ...]]] = {}
+    items = [i for i in items if 0 < len(i.prompt) <= longest and i.answer]
+    for item in items:
+        answers.setdefault(item.prompt, set()).add(item.answer)
+    seen: set[tuple[int, ...]] = set()
+    return [i for i in items if len(answers[i.prompt]) == 1 and not (i.prompt in seen or seen.add(i.prompt))]
+
+
+def retrieve(
+    items: Sequence[Item],
+    bank: Bank,
+    embedder: SupportsEncode,
+    decode: Callable[[Sequence[int]], str],
+    *,
+    cache: Path | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[Item]:
+    """The items with what the retriever finds for their prompts. cache: an .npz file, used for the same questions."""
+    records = list(bank.ids())
+    number = {record: i for i, record in enumerate(records)}
+    state = hashlib.sha256(b"".join(sorted(records)) + f"{CANDIDATES} {embedder.name}".encode())
+    for item in items:
+        state.update(np.array(item.prompt, np.int32).tobytes() + b"|")
+    key = state.hexdigest()
+    found = None
+    if cache is not None and cache.is_file():
+        with np.load(cache) as saved:
+            found = saved["found"] if str(saved["key"]) == key else None
+    if found is None:
+        found = np.full((len(items), CANDIDATES), -1, np.int32)
+        for first in range(0, len(items), EMBED_BATCH):
+            part = items[first : first + EMBED_BATCH]
+            rows, _ = bank.search(embedder.encode([decode(i.prompt) for i in part]), CANDIDATES)
+            for i, row in enumerate(rows):
+                found[first + i, : len(row)] = [number[record] for record in row]
+            if progress is not None:
+                progress(first + len(part), len(items))
+        if cache is not None:
+            cache.parent.mkdir(parents=True, exist_ok=True)
+            partial = cache.with_name(f".{cache.name}.partial")
+            with partial.open("wb") as file:
+                np.savez(file, key=key, found=found)
+            partial.replace(cache)
+    return [
+        item._replace(found=tuple(records[n] for n in row if n >= 0))
+        for item, row in zip(items, found.tolist(), strict=True)
+    ]
+
+
+class Reader:
+    """Questions as sequences: reading memories, the same references as text, or nothing."""
+
+    def __init__(self, memory: MemoryConfig, tokens: Callable[[bytes], list[int]]) -> None:
+        self.memory, self._tokens = memory, tokens
+
+    def sample(self, item: Item, read: str, reads: Sequence[bytes]) -> Sample:
+        """read: "memory", "text" or "none"; reads: most similar first (as text it stands last, by the question)."""
+        opening = self.memory.context_bos_ids
+        front: list[int] = []
+        if read == "text":
+            for record in reversed(reads):
+                front += [*self.memory.prefix_ids, *self._tokens(record)[: self.memory.span]]
+        ids = (*front, *opening, *item.prompt, *item.answer)
+        pieces = (Piece(len(ids), tuple(reads)),) if read == "memory" else ()
+        return Sample(ids, len(ids) - len(item.answer), pieces)
+
+
+class QuestionSource:
+    """Training questions, kinds mixed as MIX says, drawn anew at every step by seed and step.
+
+    config.own_refs of a question's references are its own (gold and most similar); the rest are borrowed from its
+    neighbours in the same micro-batch, so that live writing encodes fewer.
+    """
+
+    def __init__(self, items: Sequence[Item], reader: Reader, config: TrainConfig, allowed: set[bytes]) -> None:
+        self.pools = {k: [i for i in items if i.kind == k] for k in MIX}
+        self.pools = {k: pool for k, pool in self.pools.items() if pool}
+        if not self.pools:
+            raise ValueError("items: there is no question to train on; give a bank with longer texts")
+        self.reader, self.config, self.allowed = reader, config, allowed
+
+    def samples(self, step: int) -> list[Sample]:
+        config, rng = self.config, random.Random(f"{self.config.seed} {step}")
+        kinds = list(self.pools)
+        weights = [MIX[k] for k in kinds]
+        out: list[Sample] = []
+        for start in range(0, config.batch, config.borrow):
+            count = min(config.borrow, config.batch - start)
+            group = [rng.choice(self.pools[k]) for k in rng.choices(kinds, weights, k=count)]
+            own = [self._own(item, rng) for item in group]
+            for i, item in enumerate(group):
+                if config.read == "none" or rng.random() < config.drop_memory:
+                    out.append(self.reader.sample(item, "none", ()))
+                else:
+                    reads = self._fill(own, i, group[i].gold, rng)
+                    out.append(self.reader.sample(item, config.read, reads))
+        return out
+
+    def _own(self, item: Item, rng: random.Random) -> list[bytes]:
+        others = [r for r in item.found if r != item.gold and r in self.allowed]
+        wanted = min(self.config.own_refs, self.reader.memory.refs)
+        if rng.random() < self.config.drop_gold:
+            return others[:wanted]
+        place = item.found.index(item.gold) if item.gold in item.found else wanted - 1
+        reads = others[: wanted - 1]
+        reads.insert(min(place, len(reads)), item.gold)
+        return reads
+
+    def _fill(self, own: Sequence[Sequence[bytes]], i: int, gold: bytes, rng: random.Random) -> list[bytes]:
+        """Own references, then borrowed ones; a borrowed gold would undo that it was dropped."""
+        missing = self.reader.memory.refs - len(own[i])
+        around = {r for j, reads in enumerate(own) if j != i for r in reads} - set(own[i]) - {gold}
+        return [*own[i], *rng.sample(sorted(around), min(missing, len(around)))]
