@@ -9,9 +9,11 @@ from typing import Any
 
 from torch import Tensor
 
-from ..config import ModelConfig
+from ..config import MemoryConfig, ModelConfig
 from ..identity import hash_files
 from .tokenizer import Tokenizer
+
+MEMORY_FILE = "memory3.json"
 
 
 class HFCheckpoint:
@@ -84,6 +86,11 @@ class HFCheckpoint:
             max_context=raw.get("max_position_embeddings", 2048),
             tied=bool(raw.get("tie_word_embeddings", False)),
         )
+
+    def memory(self) -> MemoryConfig | None:
+        """The memory configuration in memory3.json, which training leaves beside its weights; None without one."""
+        file = self.path / MEMORY_FILE
+        return MemoryConfig(**json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else None
 
     def tensor(self, name: str) -> Tensor:
         """Tensor by its Hugging Face name. Raises KeyError naming what is missing."""

@@ -62,10 +62,11 @@ def preset_path(name: str) -> Path:
 
 
 def open_checkpoint(source: str | Path) -> tuple[Checkpoint, MemoryConfig | None]:
-    """Reader of a preset, a .gguf file or a Hugging Face folder, and the preset's memory configuration."""
+    """Reader of a preset, a .gguf file or a Hugging Face folder, and the memory configuration that comes with it."""
     path = Path(source)
     if path.is_dir():
-        return HFCheckpoint(path), None
+        folder = HFCheckpoint(path)
+        return folder, folder.memory()
     if path.suffix == ".gguf":
         return GGUFCheckpoint(path), None
     if str(source) in PRESETS:
@@ -185,7 +186,8 @@ def load_model(
         "q8_0", "q4_1"  quantised in groups of 32 (8.5 and 5 bits per weight)
         "auto"        "checkpoint" on a CPU in bfloat16 where there are such blocks and native kernels, else "dense"
       All but "dense" are for inference, and round activations to bfloat16.
-    memory: layers, heads, K and opening tokens of explicit memory; default is the preset's, else `default_memory`.
+    memory: layers, heads, K and opening tokens of explicit memory; default is the preset's, or a trained folder's, else
+      `default_memory`.
     Raises FileNotFoundError or ValueError saying what is missing or not supported.
     """
     checkpoint, preset = open_checkpoint(source)

@@ -71,6 +71,15 @@ class Tokenizer:
             eos.append(ids["eos_token"])
         return cls(raw, chat_template=_template_text(folder, config), bos_id=ids.get("bos_token"), eos_ids=eos)
 
+    def save(self, folder: str | Path) -> None:
+        """Write tokenizer.json and tokenizer_config.json (bos, eos, chat template) as `from_folder` reads them."""
+        names = {"bos_token": self.bos_id, "eos_token": self.eos_ids[0] if self.eos_ids else None}
+        config = {key: self._raw.id_to_token(i) for key, i in names.items() if i is not None}
+        if self.chat_template:
+            config["chat_template"] = self.chat_template
+        self._raw.save(str(Path(folder) / "tokenizer.json"))
+        (Path(folder) / "tokenizer_config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
+
     # -- text ---------------------------------------------------------------------------------------------
 
     def encode(self, text: str, special: bool = False) -> list[int]:

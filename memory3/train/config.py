@@ -15,7 +15,7 @@ WRITES = ("frozen", "live")
 READS = ("memory", "text", "none")
 LORA_TARGETS = ("qkv", "out", "gate_up", "down")
 # What may differ when a run is resumed: how long it is and what is reported, never what a step computes.
-FREE = ("steps", "save_minutes", "eval_every", "log_every", "keep", "micro_batch")
+FREE = ("steps", "save_minutes", "eval_every", "eval_items", "eval_reads", "log_every", "keep", "micro_batch")
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,7 @@ class TrainConfig:
     own_refs     references that an sft question brings itself; the rest are borrowed from those of the `borrow`
                  questions around it
     lr           highest learning rate; schedule, warmup_steps, decay, floor: as schedule.rate takes them
+    eval_items   held-out sequences or questions in an evaluation; eval_reads: how questions are evaluated
     precision    "bf16": autocast over fp32 weights (frozen weights are kept in bf16); "fp32"
     """
 
@@ -81,11 +82,17 @@ class TrainConfig:
     seed: int = 0
     log_every: int = 10
     eval_every: int = 200
+    eval_items: int = 64
+    eval_reads: tuple[str, ...] = ("none", "memory")
     save_minutes: float = 5.0
     keep: int = 2
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "betas", tuple(self.betas))
+        object.__setattr__(self, "eval_reads", tuple(self.eval_reads))
+        unknown = sorted(set(self.eval_reads) - set(READS))
+        if unknown:
+            raise ValueError(f"eval_reads: expected some of {', '.join(READS)}, got {unknown}")
         choices = {
             "stage": STAGES,
             "write": WRITES,

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -43,6 +44,15 @@ class World:
     def leave(self) -> None:
         if self.size > 1 and torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
+
+    @contextmanager
+    def in_turn(self) -> Iterator[None]:
+        """A block that the first process runs before the others do: it leaves files that they only read."""
+        if not self.first:
+            torch.distributed.barrier()
+        yield
+        if self.first and self.size > 1:
+            torch.distributed.barrier()
 
     def sums(self, *values: float) -> list[float]:
         """Each value summed over all processes, in fp64."""

@@ -1,4 +1,4 @@
-"""A tiny run as a program of its own, to be killed, or started twice by torchrun: run_tiny.py OUT STEPS [SAVE_MINUTES]."""
+"""A tiny run as a program of its own, to be killed, or started twice by torchrun: run_tiny.py OUT STEPS."""
 
 from __future__ import annotations
 

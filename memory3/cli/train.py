@@ -1,0 +1,128 @@
+"""memory3 train"""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from .common import JsonOption, ThreadsOption, err, out, print_json, set_threads
+from .write import entries
+
+EXAMPLES = """
+[bold]Examples[/bold]\n
+memory3 train --config tiny --out runs/tiny\n
+memory3 train --config tiny --stage continual --from runs/tiny --out runs/tiny-memory\n
+memory3 train --config smollm2-135m --stage sft --out runs/smol --set steps=500\n
+torchrun --nproc-per-node 2 -m memory3 train --config tiny --out runs/two\n
+memory3 train --config paper-2.4b --show   (what it computes and what a GPU needs for it)\n
+Stopped or killed? Run the same command again: it goes on from the last checkpoint.
+"""
+
+
+def run(
+    config: Annotated[str, typer.Option(help="paper-2.4b, tiny or smollm2-135m.")] = "tiny",
+    folder: Annotated[Path | None, typer.Option("--out", help="Folder of the run.")] = None,
+    stage: Annotated[
+        str, typer.Option(help="warmup (text), continual (text with memories) or sft (questions with memories).")
+    ] = "warmup",
+    start: Annotated[
+        Path | None, typer.Option("--from", help="Begin with the weights of another run, or any checkpoint.")
+    ] = None,
+    text: Annotated[
+        list[str] | None, typer.Option(help="What to train on: files, folders, wiki, factbook (default: wiki).")
+    ] = None,
+    reference: Annotated[
+        list[str] | None, typer.Option(help="What memories are made of, without --bank (default: as --text).")
+    ] = None,
+    bank: Annotated[Path | None, typer.Option(help="Bank of references; if frozen, by this model.")] = None,
+    exclude: Annotated[
+        list[Path] | None,
+        typer.Option(help="Evaluation texts (.jsonl, .txt, .gz): what shares 13 words in a row is not trained on."),
+    ] = None,
+    change: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="Change a field: lr=1e-4, write=live, memory.tokens=16, lora.rank=8"),
+    ] = None,
+    tensorboard: Annotated[bool, typer.Option(help="Also write TensorBoard events.")] = False,
+    show: Annotated[bool, typer.Option("--show", help="Print memory and work per step; train nothing.")] = False,
+    threads: ThreadsOption = 0,
+    as_json: JsonOption = False,
+) -> None:
+    """Train a model to write and read memories: warmup, continual training, tuning on questions."""
+    from ..train.accounting import account
+    from ..train.presets import run_config
+    from ..train.run import train
+
+    settings = with_changes(run_config(config, stage), change or [], start)
+    if show:
+        return out.print_json(settings.to_json()) if as_json else out.print(account(settings).text(), markup=False)
+    if folder is None:
+        raise ValueError("out: expected a folder for the run, got none; --out DIR")
+    set_threads(threads)
+    sources = text or ["wiki"]
+    found = train(
+        settings,
+        folder,
+        texts=() if stage == "sft" else entries(sources),
+        references=() if bank is not None or stage == "warmup" else entries(reference or sources),
+        bank=bank,
+        exclude=evaluation_texts(exclude or []),
+        tensorboard=tensorboard,
+        notify=lambda what: err.print(f"[dim]{what}[/dim]"),
+    )
+    if found is not None:
+        print_json(found) if as_json else out.print(f"{found['result']}: {found['evaluation']}", markup=False)
+
+
+def with_changes(config, changes: list[str], start: Path | None):
+    """The configuration with `name=value` put in (names of nested fields with a dot) and another beginning.
+
+    Raises ValueError naming what is not a field.
+    """
+    from ..train.config import TrainConfig
+
+    raw = json.loads(config.to_json())
+    for item in changes:
+        name, equals, value = item.partition("=")
+        if not equals:
+            raise ValueError(f"set: expected name=value, got {item!r}")
+        *parents, last = name.split(".")
+        at: dict[str, Any] = raw
+        for parent in parents:
+            at[parent] = at.get(parent) or {}
+            at = at[parent]
+        try:
+            at[last] = json.loads(value)
+        except ValueError:
+            at[last] = None if value == "none" and name != "read" else value
+    if start is not None:
+        model = start / "model"
+        raw.update(model=str(model if model.is_dir() else start), shape=None)
+    return TrainConfig.from_json(json.dumps(raw))
+
+
+def evaluation_texts(paths: list[Path]) -> Iterator[str]:
+    """Every text in files of JSON lines (all strings in them, however deep) or plain text; folders are searched."""
+    for path in paths:
+        files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+        for file in files:
+            opened = gzip.open if file.suffix == ".gz" else open
+            with opened(file, "rt", encoding="utf-8") as lines:
+                if ".jsonl" in file.suffixes or ".json" in file.suffixes:
+                    for line in lines:
+                        yield from _strings(json.loads(line))
+                else:
+                    yield lines.read()
+
+
+def _strings(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list):
+        for inner in value.values() if isinstance(value, dict) else value:
+            yield from _strings(inner)

@@ -1,0 +1,194 @@
+"""From a configuration and texts to everything a Trainer needs: model, memories, sequences, evaluation."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..bank import Bank
+from ..bank.build import build_bank
+from ..config import MemoryConfig
+from ..data import Entry
+from ..embed import SupportsEncode, as_embedder
+from ..model.llama import Llama
+from ..model.load import MemoryModel, load_model
+from ..model.tokenizer import Tokenizer
+from .batch import Sample
+from .config import TrainConfig
+from .holdout import Decontaminator, in_split
+from .lora import add_lora
+from .objective import Objective
+from .parallel import World
+from .qa import QuestionSource, Reader, ask_about, retrieve
+from .text import ChunkedSource, TextSource, cut_sequences, retrieve_for_chunks, token_stream
+from .tokenizer import train_tokenizer
+from .trainer import Evaluate, Source, micro_batches
+
+Notify = Callable[[str], None]
+
+
+@dataclass
+class Run:
+    """What a Trainer takes, and the model with its tokenizer for the export."""
+
+    model: MemoryModel
+    objective: Objective
+    source: Source
+    evaluate: Evaluate
+
+
+def prepare(
+    config: TrainConfig,
+    out: Path,
+    texts: Iterable[Entry] = (),
+    *,
+    references: Iterable[Entry] = (),
+    bank: Path | None = None,
+    exclude: Iterable[str] = (),
+    embedder: SupportsEncode | None = None,
+    world: World | None = None,
+    notify: Notify | None = None,
+) -> Run:
+    """Everything of a run, made on the spot or found in `out`.
+
+    texts       to pretrain on (warmup, continual); those of the "dev" split are the evaluation
+    references  what a bank in OUT/bank is made of where `bank` names none: written (frozen) or as text only (live)
+    exclude     evaluation texts: what shares a 13-gram with them is not trained on
+    Raises ValueError naming what is missing.
+    """
+    world, notify = world or World(), notify or (lambda what: None)
+    guard = Decontaminator(exclude)
+    texts = list(guard.clean(texts))
+    if config.stage != "sft" and not texts:
+        raise ValueError(f"stage {config.stage}: expected texts to train on, got none")
+    notify("loading the model")
+    model = base_model(config, out, [e.text for e in texts] or [e.text for e in references])
+    opened, encoder = None, None
+    if config.stage == "sft" or (config.stage == "continual" and config.read == "memory"):
+        encoder = as_embedder(embedder)
+        opened = _bank(config, out, model, encoder, list(guard.clean(references)), bank, notify)
+    objective = _objective(config, model, opened, world)
+    if config.stage == "sft":
+        notify("making questions and looking up their references")
+        source, evaluate = _questions(config, out, model, opened, encoder, guard, objective)
+    else:
+        notify("cutting the text and looking up its references")
+        source, evaluate = _text(config, out, model, opened, encoder, texts, objective)
+    return Run(model, objective, source, evaluate)
+
+
+def base_model(config: TrainConfig, out: Path, texts: Sequence[str]) -> MemoryModel:
+    """The checkpoint (with `config.memory` in place of its own fields), or a new model and its vocabulary."""
+    if config.model is not None:
+        low = config.lora is not None and config.precision == "bf16"
+        loaded = load_model(config.model, torch.bfloat16 if low else torch.float32, weights="dense")
+        return MemoryModel(
+            loaded.net.with_memory(replace(loaded.memory, **config.memory)), loaded.tokenizer, loaded.model_hash
+        )
+    folder = out / "tokenizer"
+    if (folder / "tokenizer.json").is_file():
+        tokenizer = Tokenizer.from_folder(folder)
+    else:
+        tokenizer = train_tokenizer(texts, config.shape.vocab_size)
+        folder.mkdir(parents=True, exist_ok=True)
+        tokenizer.save(folder)
+    bos = (tokenizer.bos_id,)
+    fields = {"prefix_ids": (*bos, *tokenizer.encode("Reference:")), "context_bos_ids": bos, **config.memory}
+    net = Llama(config.shape, MemoryConfig(**fields)).init_weights(config.seed)
+    return MemoryModel(net, tokenizer, f"scratch-{config.seed}")
+
+
+def _bank(config, out, model, encoder, references: list[Entry], path: Path | None, notify: Notify) -> Bank:
+    cold = config.write == "live"
+    if path is None:
+        if not references:
+            raise ValueError("bank: a run that reads memories needs a bank, or references to make one of")
+        path = out / "bank"
+        notify("writing references into a bank")
+        build_bank(path, references, model, encoder, cold=cold)
+    bank = Bank.open(path)
+    wanted = model.identity(embedder=encoder.name)
+    if cold:  # only its text is used
+        wanted = replace(bank.identity, tokenizer_hash=wanted.tokenizer_hash, embedder=encoder.name)
+    bank.check(replace(wanted, dtype=bank.identity.dtype))
+    return bank
+
+
+def _objective(config: TrainConfig, model: MemoryModel, bank: Bank | None, world: World) -> Objective:
+    net = model.net.to(world.device)
+    net = add_lora(net, config.lora) if config.lora is not None else net.requires_grad_(True)
+    if bank is None:
+        return Objective(net)
+    if config.write == "live":
+        return Objective(net, tokens=bank.token_ids)
+    shape, dtype = model.memory.record_shape(model.config), getattr(torch, bank.identity.dtype)
+
+    def load(ids: Sequence[bytes]) -> tuple[Tensor, Tensor]:
+        kv, length = torch.zeros((len(ids), *shape), dtype=dtype), torch.zeros(len(ids), dtype=torch.int32)
+        bank.read_into(ids, kv, length, list(range(len(ids))))
+        return kv, length
+
+    return Objective(net, load=load)
+
+
+def _questions(config, out, model, bank, encoder, guard, objective) -> tuple[Source, Evaluate]:
+    asked = ask_about(bank, model.tokenizer, model.memory, guard, config.seed)
+    decode, cache = model.tokenizer.decode, out / "cache"
+    train = retrieve(asked.items["train"], bank, encoder, decode, cache=cache / "train.npz")
+    dev = list(asked.items["dev"])
+    random.Random(f"evaluation {config.seed}").shuffle(dev)
+    dev = retrieve(dev[: config.eval_items], bank, encoder, decode, cache=cache / "dev.npz")
+    if not dev:
+        raise ValueError("bank: none of its titles falls into the dev split; give a larger one")
+    reader = Reader(model.memory, bank.token_ids)
+    allowed = {record for record, split in asked.split.items() if split == "train"}
+    refs = model.memory.refs
+
+    def evaluate(net: Llama) -> dict[str, float]:
+        return {
+            read: mean_loss(objective, [reader.sample(i, read, i.found[:refs]) for i in dev], config.micro_batch)
+            for read in config.eval_reads
+        }
+
+    return QuestionSource(train, reader, config, allowed), evaluate
+
+
+def _text(config, out, model, bank, encoder, texts: list[Entry], objective) -> tuple[Source, Evaluate]:
+    tokenizer, memory = model.tokenizer, model.memory
+
+    def source(split: str, limit: int | None = None) -> TextSource:
+        stream = token_stream((e.text for e in in_split(texts, split)), tokenizer, config.seed)
+        sequences = cut_sequences(stream, config.length)[:limit]
+        if bank is None:
+            return TextSource(sequences, config.batch, config.seed, memory.context_bos_ids)
+        found = retrieve_for_chunks(
+            sequences, memory.chunk, bank, encoder, tokenizer.decode, cache=out / "cache" / f"{split}.npz"
+        )
+        return ChunkedSource(sequences, config.batch, config.seed, memory, *found)
+
+    train, dev = source("train"), source("dev", config.eval_items)
+
+    def evaluate(net: Llama) -> dict[str, float]:
+        samples = [dev.sample(i) for i in range(len(dev.sequences))]
+        plain = [Sample(s.ids, s.first) for s in samples]
+        found = {"none": mean_loss(objective, plain, config.micro_batch)}
+        if bank is not None:
+            found["memory"] = mean_loss(objective, samples, config.micro_batch)
+        return found
+
+    return train, evaluate
+
+
+def mean_loss(objective: Objective, samples: Sequence[Sample], micro_batch: int) -> float:
+    """Nats per predicted token over all samples."""
+    device = objective.net.embed.device
+    total = count = 0.0
+    for batch in micro_batches(samples, micro_batch):
+        total += objective(batch.to(device)).item()
+        count += len(batch.targets)
+    return total / count
