@@ -148,3 +148,21 @@ def test_a_bank_of_another_model_is_refused(bank, tmp_path):
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
     assert done.returncode == 1 and "IdentityMismatch" in done.stderr and "tokens: the bank has 16" in done.stderr
+
+
+def test_profile_counts_every_second_once(bank):
+    """Stages of computation add up to the whole; retrieval and the model's parts are among them."""
+    line = ["generate", "The lighthouse of Port Ambrel was built by", "--bank", bank, "-n", 8, "--profile"]
+    stats = json.loads(memory3(*line, "--json"))["stats"]
+    assert {"embed", "search", "load", "linear", "attention", "sample", "Python"} <= set(stats["profile"])
+    assert sum(stats["profile"].values()) == pytest.approx(stats["total_s"], rel=0.05)
+    shown = memory3(*line)
+    assert "linear" in shown and "attention" in shown
+
+
+@pytest.mark.parametrize("weights", ["dense", "checkpoint"])
+def test_weights_are_chosen_by_name(bank, weights):
+    """Both read the same bank: how weights are held is no part of a model's identity."""
+    answer = json.loads(memory3("generate", "The walrus is", "--bank", bank, "-n", 4, "--weights", weights, "--json"))
+    assert answer["reads"] and len(answer["token_ids"]) == 4
+    assert "expected" in memory3("generate", "x", "--weights", "int3", code=1)
