@@ -54,7 +54,7 @@ class Walk {
 
   const Unpacker unpacker_;
   Codes codes_;
-  int64_t left_, in_run_ = 0, asked_ = 0, taken_ = 0, slots_ = 32;
+  int64_t left_, in_run_ = 0, asked_ = 0, taken_ = 0, slots_ = 16;
   const int64_t pitch_;
   const char* coarse_;
   const int64_t entry_bytes_;

@@ -65,6 +65,10 @@ def cases():
     yield Case(
         "paper_R160_H8_K8_D80_b14_PQ8x10", _sample(256, list(range(160)), 8, 8, 80, 14, 8, 10), slow=True, bench=True
     )
+    # 5 memories of the paper's model (22 layers, keys and values, 8 heads of 8 tokens): 14,080 vectors.
+    five = (256, list(range(220)), 8, 8, 80, 14, 8, 10)
+    yield Case("paper_R220_H8_K8_D80_b14_PQ8x10", _sample(*five), slow=True, bench=True)
+    yield Case("paper_R220_H8_K8_D80_b14_PQ8x10-no-rotation", _sample(*five, rotate=False), slow=True, bench=True)
 
 
 def bad_cases():
