@@ -6,12 +6,15 @@ import hashlib
 import re
 from collections.abc import Iterable, Iterator
 
+import numpy as np
+
 from ..data import Entry
 
 SPLITS = ("train", "dev", "test")
 DEV, TEST = 0.1, 0.1
 GRAM = 13
 _WORD = re.compile(r"\w+")
+_FACTOR = np.uint64(0x9E3779B97F4A7C15)
 
 
 def split_of(title: str) -> str:
@@ -42,23 +45,40 @@ class Decontaminator:
         if gram < 1:
             raise ValueError(f"gram: expected at least 1, got {gram}")
         self.gram = gram
-        self._seen: set[int] = set()
-        for text in texts:
-            self._seen.update(self._grams(text))
+        self._words: dict[str, int] = {}
+        parts = [grams for text in texts if len(grams := self._grams(text))]
+        self._seen = np.unique(np.concatenate(parts)) if parts else np.empty(0, np.uint64)
 
     def __len__(self) -> int:
         return len(self._seen)
 
     def shares(self, text: str) -> bool:
         """Whether `text` has a 13-gram with any evaluation text in common."""
-        return any(gram in self._seen for gram in self._grams(text))
+        if not len(self._seen):
+            return False
+        grams = self._grams(text)
+        places = np.searchsorted(self._seen, grams).clip(max=len(self._seen) - 1)
+        return bool((self._seen[places] == grams).any())
 
     def clean(self, entries: Iterable[Entry]) -> Iterator[Entry]:
         """The entries that may be trained on."""
         return (entry for entry in entries if not self.shares(entry.text))
 
-    def _grams(self, text: str) -> Iterator[int]:
+    def _grams(self, text: str) -> np.ndarray:
+        """uint64 [words - 12]: a polynomial in the words' 64-bit hashes for each run of 13."""
         words = _WORD.findall(text.casefold())
-        for i in range(len(words) - self.gram + 1):
-            digest = hashlib.blake2b(" ".join(words[i : i + self.gram]).encode(), digest_size=8).digest()
-            yield int.from_bytes(digest, "big")
+        count = len(words) - self.gram + 1
+        if count <= 0:
+            return np.empty(0, np.uint64)
+        hashes = np.array([self._word(w) for w in words], np.uint64)
+        total = np.zeros(count, np.uint64)
+        for j in range(self.gram):  # modulo 2^64
+            total = total * _FACTOR + hashes[j : j + count]
+        return total
+
+    def _word(self, word: str) -> int:
+        found = self._words.get(word)
+        if found is None:
+            digest = hashlib.blake2b(word.encode(), digest_size=8).digest()
+            found = self._words[word] = int.from_bytes(digest, "little")
+        return found
