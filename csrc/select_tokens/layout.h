@@ -8,7 +8,7 @@ namespace m3 {
 constexpr int64_t kSelectRows = 12;  // query vectors scored together, at most
 
 struct SelectLayout {
-  int64_t columns;                             // keys, padded to two vectors of the widest level
+  int64_t columns;                             // keys, padded to four vectors of the widest level
   int64_t width;                               // of a query: floats, or pairs of bf16
   int64_t keys, query, score, weight, highest; // offsets: [width, columns], [12, width], [12, columns], 2 x [columns]
   int64_t floats;
@@ -17,7 +17,7 @@ struct SelectLayout {
 // static: a copy per translation unit, so that no SIMD level's code can stand in for the baseline's.
 static inline SelectLayout select_layout(const M3SelectTokensParams& p) {
   SelectLayout at;
-  at.columns = (p.rows + 31) / 32 * 32;
+  at.columns = (p.rows + 63) / 64 * 64;
   at.width = (p.dim + 15) / 16 * 16;
   at.keys = 0;
   at.query = at.keys + at.width * at.columns;

@@ -26,7 +26,7 @@ struct Power {
     table = reinterpret_cast<F32>(load_pairs(kBits));
   }
   F32 operator()(F32 x) const {
-    const F32 t = max(splat(kPowerFloor), x);  // in this order a NaN stays
+    const F32 t = _mm512_max_ps(splat(kPowerFloor), x);  // in this order a NaN stays
     const F32 shifted = t + 786432.f;
     const F32 u = t - (shifted - (786432.f + 1.4375f));
     const F32 scale = reinterpret_cast<F32>(_mm512_permutexvar_ps(reinterpret_cast<__m512i>(shifted), table));

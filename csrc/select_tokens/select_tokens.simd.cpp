@@ -6,6 +6,7 @@
 #include "common/attention_tile.h"
 #include "select_tokens/layout.h"
 #include "select_tokens/power.h"
+#include "select_tokens/woven.h"
 
 namespace m3 {
 namespace M3_LEVEL {
@@ -123,6 +124,18 @@ void best_columns(const float* weight, int64_t count, int64_t base, int64_t toke
   for (int64_t i = kept; i < tokens; ++i) index[i] = -1;
 }
 
+// Whether the softmax rows are added by add_woven.
+template <class T>
+bool weaves(const M3SelectTokensParams& p, int64_t used) {
+#if defined(__AVX512BF16__)
+  return kPaired<T> && p.rule == M3_SELECT_RECEIVED && p.scale > 0.f && p.dim >= 2 * kWovenSteps &&
+         (whole_vectors(used) / kLanes) % kWovenTile == 0;
+#else
+  (void)p, (void)used;
+  return false;
+#endif
+}
+
 template <class T>
 void select_head(const M3SelectTokensParams& p, int64_t ref, int64_t head, float* workspace) {
   const SelectLayout at = select_layout(p);
@@ -143,17 +156,27 @@ void select_head(const M3SelectTokensParams& p, int64_t ref, int64_t head, float
   const T* k = static_cast<const T*>(p.k) + ref * p.k_stride[0] + base * p.k_stride[1] + head * p.k_stride[2];
   const int dim = static_cast<int>(p.dim);
   const int64_t columns = at.columns;
-  pack_keys(k, p.k_stride[1], dim, used, columns, keys);
   for (int64_t c = 0; c < columns; ++c) weight[c] = 0.f, highest[c] = -kInf;
   const int64_t first = p.start * group, last = length * group;  // query vectors: row by row, a row's heads together
-  for (int64_t f = first; f < last; f += kRows) {
+  const auto query = [&](int64_t f) { return q + f / group * p.q_stride[1] + f % group * p.q_stride[2]; };
+  const bool woven = weaves<T>(p, used);
+  if (!woven) pack_keys(k, p.k_stride[1], dim, used, columns, keys);
+#if defined(__AVX512BF16__)
+  if constexpr (kPaired<T>)
+    if (woven) {
+      uint32_t* pairs = reinterpret_cast<uint32_t*>(keys);
+      pack_woven(k, p.k_stride[1], dim, used, pairs);
+      add_woven([&](int64_t i) { return query(first + i); }, last - first, dim, p.scale * kLog2E, pairs, used, score,
+                weight);
+    }
+#endif
+  for (int64_t f = woven ? last : first; f < last; f += kRows) {
     const int count = static_cast<int>(last - f < kRows ? last - f : kRows);
     const T* rows[kRows];
     int64_t seen[kRows];
     for (int r = 0; r < count; ++r) {
-      const int64_t row = (f + r) / group;
-      rows[r] = q + row * p.q_stride[1] + (f + r) % group * p.q_stride[2];
-      seen[r] = causal ? row + 1 : used;
+      rows[r] = query(f + r);
+      seen[r] = causal ? (f + r) / group + 1 : used;
     }
     const int64_t end = whole_vectors(seen[count - 1]);
     score_block(rows, count, dim, p.scale * kLog2E, keys, columns, static_cast<int>(end), at.width,
