@@ -61,10 +61,13 @@ def _fix_arithmetic() -> None:
     }
 
     def binary_op(self, left, right, op):
-        if not (_is_bf16(left) and _is_bf16(right)):
+        narrow = _is_bf16(left) and _is_bf16(right)
+        if op in _COMPARISONS:  # stock labels the answer with the operands' type, which a splat then converts it to
+            left, right = (_wide(x) for x in (left, right)) if narrow else (left, right)
+            return _Handle(op(left.data, right.data), tl.int1)
+        if not narrow:
             return stock["binary_op"](self, left, right, op)
-        result = op(to_float(left.data), to_float(right.data))
-        return _Handle(result if op in _COMPARISONS else to_bits(result), tl.bfloat16)
+        return _Handle(to_bits(op(to_float(left.data), to_float(right.data))), tl.bfloat16)
 
     def unary_op(self, value, op):
         if not _is_bf16(value):

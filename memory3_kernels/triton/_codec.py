@@ -22,40 +22,53 @@ def read_bits(codes, start, bit, within, BITS: tl.constexpr, BYTES: tl.constexpr
 
 
 @triton.jit
-def read_indices(codes, start, within, B: tl.constexpr, N: tl.constexpr, M: tl.constexpr, MP: tl.constexpr,
-                 BYTES: tl.constexpr):  # fmt: skip
-    """The indices of the codes at bytes `start` [V]: coarse [V] and [V], fine [V, MP]. Each is unpacked once."""
-    first = read_bits(codes, start, 0 * start.to(tl.int32), within, B, BYTES)
-    second = read_bits(codes, start, 0 * start.to(tl.int32) + B, within, B, BYTES)
-    piece = tl.arange(0, MP)[None, :]
-    bit = 8 * ((2 * B + 7) // 8) + piece * N
-    fine = read_bits(codes, start[:, None], bit, within[:, None] & (piece < M), N, BYTES)
-    return first, second, fine
+def read_coarse(codes, start, within, B: tl.constexpr, BYTES: tl.constexpr):
+    """The two coarse indices of the codes at bytes `start` [V]."""
+    zero = start.to(tl.int32) * 0
+    return read_bits(codes, start, zero, within, B, BYTES), read_bits(codes, start, zero + B, within, B, BYTES)
 
 
 @triton.jit
-def read_columns(first, second, fine, within, coarse, fine_table, column, D: tl.constexpr, B: tl.constexpr,
-                 N: tl.constexpr, M: tl.constexpr):  # fmt: skip
-    """Columns `column` [C] of the vectors with these indices, before rotation: float32 [V, C], 0 outside."""
-    inside = within[:, None] & (column < D)[None, :]
-    upper = (column >= D // 2)[None, :]
-    entry = tl.where(upper, second[:, None] + (1 << B), first[:, None])
-    place = tl.where(column >= D // 2, column - D // 2, column)[None, :]
-    x = tl.load(coarse + entry * (D // 2) + place, mask=inside, other=0.0).to(tl.float32)
-    piece = tl.minimum(column // (D // M), M - 1)[None, :]
-    index = tl.gather(fine, tl.broadcast_to(piece, inside.shape), 1) + (piece << N)
-    return x + tl.load(fine_table + index * (D // M) + (column % (D // M))[None, :], mask=inside, other=0.0).to(
-        tl.float32
-    )
+def columns(piece, W: tl.constexpr, WP: tl.constexpr, P: tl.constexpr, M: tl.constexpr):
+    """Where the columns of `read_pieces` lie in a vector, and which of them do: [P * WP] each, from piece `piece`."""
+    column = tl.arange(0, P * WP)
+    at, place = piece + column // WP, column % WP
+    return at * W + place, (at < M) & (place < W)
+
+
+@triton.jit
+def read_pieces(
+    codes, start, within, first, second, piece, coarse, fine,
+    D: tl.constexpr, B: tl.constexpr, N: tl.constexpr, M: tl.constexpr, W: tl.constexpr, WP: tl.constexpr,
+    P: tl.constexpr, BYTES: tl.constexpr,
+):  # fmt: skip
+    """P pieces from `piece` on of the vectors coded at bytes `start` [V], before rotation: float32 [V, P * WP].
+
+    Each piece of W values is padded to WP, so that one index, unpacked once, serves neighbouring lanes.
+    """
+    m = piece + tl.arange(0, P)
+    bit = 8 * ((2 * B + 7) // 8) + m * N
+    index = read_bits(codes, start[:, None], bit[None, :], within[:, None] & (m < M)[None, :], N, BYTES)
+    w = tl.arange(0, WP)
+    d = (m * W)[:, None] + w[None, :]  # [P, WP]
+    inside = within[:, None, None] & ((m < M)[:, None] & (w < W)[None, :])[None, :, :]
+    upper = d >= D // 2
+    entry = tl.where(upper[None, :, :], second[:, None, None] + (1 << B), first[:, None, None]) * (D // 2)
+    x = tl.load(coarse + entry + tl.where(upper, d - D // 2, d)[None, :, :], mask=inside, other=0.0)
+    row = (index + (m << N)[None, :]) * W
+    y = tl.load(fine + row[:, :, None] + w[None, None, :], mask=inside, other=0.0)
+    return tl.reshape(x.to(tl.float32) + y.to(tl.float32), (start.shape[0], P * WP))
 
 
 def constants(coarse: Tensor, fine: Tensor) -> dict[str, int]:
-    """The format as constants of a kernel."""
+    """The format as constants of a kernel: bits, pieces, values per piece (W, padded WP) and pieces padded (MP)."""
+    width = power_of_two(fine.shape[2])
     return {
-        "D": 2 * coarse.shape[2],
         "B": codec.index_bits(coarse),
         "N": codec.index_bits(fine),
         "M": fine.shape[0],
-        "MP": power_of_two(fine.shape[0], 2),
+        "MP": power_of_two(fine.shape[0], max(1, 16 // width)),
+        "W": fine.shape[2],
+        "WP": width,
         "BYTES": codec.code_bytes(coarse, fine),
     }

@@ -86,3 +86,24 @@ def checks_values() -> bool:
 def power_of_two(n: int, least: int = 1) -> int:
     """The smallest power of two that is at least n and `least`."""
     return max(least, 1 << max(0, n - 1).bit_length())
+
+
+def vector(*tensors: Tensor) -> int:
+    """The elements of 16 bytes where every row of the tensors begins at a multiple of 16 bytes, else 1.
+
+    Kernels take strides in units of it and multiply them back: then the compiler knows that they may load 16 bytes at a
+    time, also where a stride is no multiple of 16 elements, which is all that Triton's launcher looks for.
+    """
+    step = 16 // tensors[0].element_size()
+    for tensor in tensors:
+        aligned = tensor.data_ptr() % 16 == 0 and all(stride % step == 0 for stride in tensor.stride()[:-1])
+        if tensor.numel() and not aligned:
+            return 1
+    return step
+
+
+def divide(args: dict, step: int, *names: str) -> None:
+    """Divides strides, given by name or by the beginning of their names, by `step`."""
+    for name in args:
+        if isinstance(args[name], int) and name.startswith(names):
+            args[name] //= step

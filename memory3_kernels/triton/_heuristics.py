@@ -1,0 +1,65 @@
+"""Tile sizes and numbers of splits: host integers in, constants out, no device asked. Tested as a table
+(tests/gpu/test_triton_heuristics.py); nothing here has been tuned on hardware: the reasons are arithmetic.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+# Programs that fill the devices this is for: 108 to 148 multiprocessors (A100, H100, B200), 2 programs each at the
+# shared memory the tiles below take. Below that the context is split.
+PROGRAMS = 2 * 132
+# A split reads at least this many tokens: below, its start (a query tile, a softmax to merge) costs more than its share
+# of the context, 256 tokens x 2 x 128 x 2 bytes = 128 KiB, a few microseconds of one multiprocessor's bandwidth.
+MIN_SPLIT = 256
+# Partial results are float32 and written and read once each: per split and row 2 x 4 D bytes, against 4 D bytes per
+# token of context for each KV head and G rows. 64 splits keep the merge kernel's weights in one tile.
+MAX_SPLITS = 64
+
+
+def power_of_two(n: int, least: int = 1) -> int:
+    """The smallest power of two that is at least n and `least`."""
+    return max(least, 1 << max(0, n - 1).bit_length())
+
+
+class RecordTile(NamedTuple):
+    """Lanes of record tokens: `padded` per record, so that a reshape sums each record."""
+
+    lanes: int
+    padded: int
+
+
+def record_tile(refs: int, tokens: int, dim: int, element_size: int, coded: bool = False) -> RecordTile:
+    """How many record tokens a tile has: all of them if few, at most 64 lanes x 256 bytes (16 KiB each of keys and
+    values, what a context tile takes), at least 16, the smallest product of tensor cores. Coded ones 16: each value of
+    a tile is gathered by an address of its own, and 32 lanes x 128 values fill 255 registers of 128 threads."""
+    most = 16 if coded else max(16, min(64, 16384 // (power_of_two(dim, 16) * element_size)))
+    padded = min(power_of_two(max(tokens, 1)), most)
+    lanes = min(most, power_of_two(max(refs, 1) * padded, 16))
+    return RecordTile(lanes, min(padded, lanes))
+
+
+class DecodeTile(NamedTuple):
+    rows: int  # M: packed (query, head) rows of a tile
+    tokens: int  # N: context tokens of a tile
+    splits: int  # parts of the context; 1: records and context in one program, no merge
+    warps: int
+    stages: int
+
+
+def decode_tile(sequences: int, kv_heads: int, group: int, max_q: int, max_kv: int, dim: int,
+                element_size: int) -> DecodeTile:  # fmt: skip
+    """Tiles of memory_decode, and parts of the context.
+
+    Rows: the group and the new tokens packed, padded to the 16 of mma; at most 64, as accumulators of 64 x 256 floats
+    take 128 registers per thread of 4 warps. Tokens: 16 KiB each of keys and values in 2 stages are 64 KiB: two
+    programs on an sm_80 multiprocessor, one on sm_86, 89 and 120 (99 KiB).
+    """
+    rows = min(power_of_two(group * max_q, 16), 64)
+    tokens = max(16, min(64, 16384 // (power_of_two(dim, 16) * element_size)))
+    blocks = -(-group * max_q // rows)
+    programs = max(1, sequences * kv_heads * blocks)
+    wanted = -(-PROGRAMS // programs)
+    splits = max(1, min(wanted, max_kv // MIN_SPLIT, MAX_SPLITS))
+    # Accumulators and keys of 256 values spill with 4 warps.
+    return DecodeTile(rows, tokens, splits, warps=8 if dim > 128 else 4, stages=2)
