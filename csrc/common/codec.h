@@ -5,8 +5,8 @@
 #include "common/simd.h"
 #include "m3/book.h"
 
-// Decodes `count` codes, in runs of `per_run` codes `stride` bytes apart, into rows [count, D] of `dtype`. The last run may
-// be shorter.
+// Decodes `count` codes, in runs of `per_run` codes `stride` bytes apart, into rows [count, D] of `dtype`. The last run
+// may be shorter.
 M3_DECLARE_LEVELS(void, decode_runs, const M3Book& book, const uint8_t* const* runs, int64_t per_run, int64_t stride,
                   int64_t count, void* out, m3_dtype dtype)
 
