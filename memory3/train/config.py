@@ -89,6 +89,8 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "betas", tuple(self.betas))
+        fields = {k: tuple(v) if isinstance(v, list) else v for k, v in self.memory.items()}  # as JSON gives them
+        object.__setattr__(self, "memory", fields)
         object.__setattr__(self, "eval_reads", tuple(self.eval_reads))
         unknown = sorted(set(self.eval_reads) - set(READS))
         if unknown:

@@ -63,7 +63,7 @@ def prepare(
     """
     world, notify = world or World(), notify or (lambda what: None)
     guard = Decontaminator(exclude)
-    texts = list(guard.clean(texts))
+    texts, references = list(guard.clean(texts)), list(guard.clean(references))
     if config.stage != "sft" and not texts:
         raise ValueError(f"stage {config.stage}: expected texts to train on, got none")
     notify("loading the model")
@@ -71,7 +71,7 @@ def prepare(
     opened, encoder = None, None
     if config.stage == "sft" or (config.stage == "continual" and config.read == "memory"):
         encoder = as_embedder(embedder)
-        opened = _bank(config, out, model, encoder, list(guard.clean(references)), bank, notify)
+        opened = _bank(config, out, model, encoder, references, bank, notify)
     objective = _objective(config, model, opened, world)
     if config.stage == "sft":
         notify("making questions and looking up their references")
