@@ -13,13 +13,17 @@ ROOT = Path(__file__).parent.parent
 CSRC = ROOT / "csrc"
 PACKAGES = ("memory3", "memory3_kernels")
 PYTHON = [p for name in PACKAGES for p in sorted((ROOT / name).rglob("*.py"))]
-NATIVE = sorted(p for p in CSRC.rglob("*") if p.suffix in (".cpp", ".h", ".c", ".map"))
+NATIVE = sorted(p for p in CSRC.rglob("*") if p.suffix in (".cpp", ".h", ".c", ".map", ".cu", ".cuh"))
 HEADERS = sorted((CSRC / "include").rglob("*.h"))
 LIMIT = 600
 
 
 def name_of(path: Path) -> str:
     return str(path.relative_to(ROOT))
+
+
+def folder_of(path: Path) -> str:
+    return path.relative_to(CSRC).parts[0]
 
 
 def includes(path: Path) -> list[str]:
@@ -46,7 +50,7 @@ def test_there_is_something_to_look_at():
 
 @pytest.mark.parametrize("path", [p for p in NATIVE if p.suffix != ".map"], ids=name_of)
 def test_torch_and_pybind_stay_in_their_folders(path):
-    folder = path.relative_to(CSRC).parts[0]
+    folder = folder_of(path)
     for header in includes(path):
         if header.startswith(("torch/csrc", "torch/headeronly", "torch/extension", "ATen/", "c10/")):
             assert folder == "torch", f"{header}: only csrc/torch may know torch"
@@ -80,7 +84,7 @@ def test_wide_files_use_no_templates_of_the_standard_library(path):
                 queue.append(target)
 
 
-@pytest.mark.parametrize("path", [p for p in NATIVE if p.parts[-2] not in ("torch", "numpy")], ids=name_of)
+@pytest.mark.parametrize("path", [p for p in NATIVE if folder_of(p) not in ("torch", "numpy")], ids=name_of)
 def test_the_core_never_prints_exits_or_throws(path):
     text = re.sub(r'//[^\n]*|/\*.*?\*/|"[^"\n]*"', "", path.read_text(), flags=re.DOTALL)
     found = re.search(
@@ -132,3 +136,23 @@ def test_each_op_has_its_files():
     bindings = {p.stem for p in (CSRC / "torch").glob("*.cpp")} - {"module"}
     folders = {p.name for p in CSRC.iterdir() if p.is_dir()} - {"common", "include", "torch", "numpy"}
     assert ops == bindings == folders == launchers
+
+
+def test_each_cuda_kernel_has_its_files():
+    """One file of kernels, one binding and one launcher, all by the name of the op."""
+    kernels = {p.parent.name for p in CSRC.glob("*/*.cu")} - {"common"}
+    bindings = {p.stem for p in (CSRC / "torch" / "cuda").glob("*.cpp")}
+    launchers = set(re.findall(r"\bm3_(\w+)_cuda\(", "".join(p.read_text() for p in HEADERS)))
+    ops = {p.stem for p in (ROOT / "memory3_kernels" / "ops").glob("[!_]*.py")}
+    assert kernels == bindings == launchers and kernels <= ops
+
+
+@pytest.mark.parametrize("path", [p for p in NATIVE if p.suffix in (".cu", ".cuh")], ids=name_of)
+def test_kernels_are_launched_and_written_in_one_place(path):
+    """Launches in common/cuda/launch.cuh, PTX and CUDA's own names in device.cuh: the SIMT host replaces those two."""
+    text = re.sub(r"//[^\n]*", "", path.read_text())
+    if path.name != "launch.cuh":
+        assert "<<<" not in text and "cudaLaunch" not in text
+    if path.name != "device.cuh":
+        assert not re.search(r"\basm\b|\bthreadIdx\b|\bblockIdx\b|__syncthreads|__shfl|__shared__|__global__", text)
+    assert not re.search(r"cudaMalloc|cudaFree|Synchronize\b|cudaGetDeviceProperties", text)

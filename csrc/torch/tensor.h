@@ -54,6 +54,7 @@ class Tensor {
 
   operator torch::stable::Tensor() const { return torch::stable::Tensor(duplicate(handle_)); }
   Tensor borrow() const { return Tensor(handle_, false); }
+  AtenTensorHandle handle() const { return handle_; }
   // The handle for whoever owns it from now on.
   AtenTensorHandle release() {
     const AtenTensorHandle given = owned_ ? handle_ : duplicate(handle_);
@@ -136,8 +137,9 @@ inline Tensor as_contiguous(const Tensor& t) {
   return t.is_contiguous() ? t.borrow() : Tensor(torch::stable::contiguous(t));
 }
 
-// Uninitialised, contiguous, on the CPU.
-inline Tensor empty_cpu(torch::headeronly::IntHeaderOnlyArrayRef shape, ScalarType type) {
+// Uninitialised and contiguous.
+inline Tensor empty_at(torch::headeronly::IntHeaderOnlyArrayRef shape, ScalarType type, int32_t device_type,
+                       int32_t device_index) {
   constexpr size_t kMost = 16;
   const size_t dims = shape.size();
   STD_TORCH_CHECK(dims <= kMost, "a result of ", dims, " dimensions: expected at most ", kMost);
@@ -149,8 +151,11 @@ inline Tensor empty_cpu(torch::headeronly::IntHeaderOnlyArrayRef shape, ScalarTy
   }
   AtenTensorHandle made;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(dims), shape.data(), strides,
-                                                         shim_dtype(type), aoti_torch_device_type_cpu(), 0, &made));
+                                                         shim_dtype(type), device_type, device_index, &made));
   return Tensor(made);
+}
+inline Tensor empty_cpu(torch::headeronly::IntHeaderOnlyArrayRef shape, ScalarType type) {
+  return empty_at(shape, type, aoti_torch_device_type_cpu(), 0);
 }
 
 }  // namespace m3::binding

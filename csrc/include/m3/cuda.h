@@ -1,0 +1,27 @@
+/* The CUDA kernels (libm3_cuda): the params of the CPU launchers, with pointers to device memory, and a stream.
+ *
+ * Launchers queue work on the stream and return: they allocate nothing, wait for nothing, and can be captured in a
+ * graph. Values of index tensors are not looked at on the host; in kernels a bad one counts as absent. M3_UNSUPPORTED:
+ * the call is legal, but not for these kernels (docs/gpu.md says what they take); nothing has been queued then. */
+#ifndef M3_CUDA_H
+#define M3_CUDA_H
+
+#include "m3/memory_decode.h"
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+/* Text of this thread's last failed call of a function of this header; valid until the next one. */
+M3_API const char* m3_cuda_last_error(void);
+/* Architectures with code of their own in this library, as in "80;90"; the last one is there as PTX too. */
+M3_API const char* m3_cuda_archs(void);
+
+/* A workspace is device memory of at least the bytes m3_<op>_cuda_workspace gives, aligned to 16; null where that is 0. */
+M3_API int64_t m3_memory_decode_cuda_workspace(const M3MemoryDecodeParams* params);
+M3_API m3_status m3_memory_decode_cuda(const M3MemoryDecodeParams* params, void* workspace, void* stream);
+
+#ifdef __cplusplus
+}
+#endif
+#endif

@@ -1,0 +1,54 @@
+// How memory_decode's work is cut into blocks: plain C++, a pure function of numbers the host knows. Nothing of the
+// device is asked for, so the same call gives the same bits on every one.
+#pragma once
+
+#include <cstdint>
+
+namespace m3::gpu {
+
+constexpr int kDecodeTile = 16;   // tokens a warp takes at a time
+constexpr int kDecodeRows = 16;   // query vectors of a block: the M of one mma
+constexpr int kDecodeWarps = 4;
+
+// Enough blocks for two on every SM of an H100 (132), the largest device in the table of docs/gpu.md but one.
+constexpr int64_t kWantedBlocks = 264;
+// Every warp has two tiles, or it has nothing to copy while it computes.
+constexpr int64_t kLeastSplit = 2 * kDecodeWarps * kDecodeTile;
+// A part's result is written and read again in fp32: 8 D bytes per query vector and direction, against 4 D bytes per
+// token read. 32 tokens per vector keep that below an eighth.
+constexpr int64_t kTokensPerVector = 32;
+
+struct DecodePlan {
+  int32_t row_tiles;     // blocks of kDecodeRows query vectors per sequence and KV head
+  int32_t splits;        // pieces of the context
+  int32_t split_tiles;   // tiles in each
+  int32_t memory_tiles;  // tiles of memory tokens
+  int32_t parts;         // splits, and one more where memory is a split of its own
+};
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// group: query heads per KV head. memory_tokens: R K. `apart`: memory is a split of its own even if the context is not
+// split (coded records need other queries).
+inline DecodePlan decode_plan(int64_t sequences, int64_t kv_heads, int64_t group, int64_t max_q, int64_t max_kv,
+                              int64_t memory_tokens, bool apart) {
+  const int64_t vectors = max_q * group, row_tiles = ceil_div(vectors, kDecodeRows);
+  const int64_t blocks = sequences * kv_heads * row_tiles, tiles = ceil_div(max_kv, kDecodeTile);
+  const int64_t in_block = vectors < kDecodeRows ? vectors : kDecodeRows;
+  const int64_t least = in_block * kTokensPerVector > kLeastSplit ? in_block * kTokensPerVector : kLeastSplit;
+  int64_t splits = 1;
+  if (blocks > 0 && blocks < kWantedBlocks) {
+    const int64_t wanted = ceil_div(kWantedBlocks, blocks), most = max_kv / least;
+    splits = wanted < most ? wanted : most;
+    splits = splits < 1 ? 1 : splits;
+  }
+  DecodePlan plan{};
+  plan.row_tiles = static_cast<int32_t>(row_tiles);
+  plan.split_tiles = static_cast<int32_t>(ceil_div(tiles, splits));
+  plan.splits = static_cast<int32_t>(plan.split_tiles > 0 ? ceil_div(tiles, plan.split_tiles) : 1);
+  plan.memory_tiles = static_cast<int32_t>(ceil_div(memory_tokens, kDecodeTile));
+  plan.parts = plan.splits + (plan.memory_tiles > 0 && (apart || plan.splits > 1) ? 1 : 0);
+  return plan;
+}
+
+}  // namespace m3::gpu

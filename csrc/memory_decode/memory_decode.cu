@@ -1,0 +1,103 @@
+// memory_decode on CUDA: out = softmax(scale q [memory; cache]^T + bias) [memory values; cache values].
+//
+// Split-KV flash decoding. The memory tokens of a sequence and its cache are one row of tiles of 16 tokens, cut into
+// parts; memory is a part of its own where the cache is split, else the first part's beginning. A block takes one part
+// for 16 query vectors, the heads of a group (and the new tokens) side by side in the M of mma (decode_block.cuh), and
+// merge_parts joins the parts. docs/ops/memory_decode.md has the traffic; alone: nvcc -std=c++17 -O3 -arch=sm_80
+// -Icsrc -Icsrc/include -cubin csrc/memory_decode/memory_decode.cu
+#include <type_traits>
+
+#include "m3/cuda.h"
+#include "memory_decode/decode_launch.cuh"
+
+namespace m3::gpu {
+
+template <int D>
+constexpr int kStageElements = 2 * kTileTokens * kPitch<D>;  // keys and values
+
+template <int D>
+constexpr int kDecodeShared = (kTileRows * kPitch<D> + kDecodeWarps * kDecodeStages * kStageElements<D>) * 2;
+
+template <class T, int D>
+M3_KERNEL void M3_THREADS(kDecodeThreads)
+    memory_decode_kernel(M3MemoryDecodeParams p, DecodePlan plan, DecodeWorkspace work) {
+  const DecodeBlock block(p, plan);
+  if (block.vectors <= 0) return;
+  // Tiles of this part: memory's first, then the context's.
+  const bool has_memory = plan.parts > plan.splits ? block.part == plan.splits : block.part == 0;
+  const int memory_tiles = has_memory ? plan.memory_tiles : 0;
+  const int tiles = memory_tiles + block.end_tile - block.first_tile;
+  const int from = record_head(p.memory, block.head);
+
+  T* queries = reinterpret_cast<T*>(shared_memory());
+  T* stages = queries + kTileRows * kPitch<D> + warp_index() * kDecodeStages * kStageElements<D>;
+  const auto copy = [&](int i, int stage) {
+    const int tile = warp_index() + i * kDecodeWarps;
+    if (tile < memory_tiles)
+      copy_memory<T, D>(p.memory, block, from, tile, stages + stage * kStageElements<D>);
+    else if (tile < tiles)
+      copy_context<T, D>(p, block, block.first_tile + tile - memory_tiles, stages + stage * kStageElements<D>);
+    commit_copies();
+  };
+
+  copy_queries<T, D>(p, block, queries);
+  commit_copies();
+  for (int i = 0; i < kDecodeStages - 1; ++i) copy(i, i);
+  wait_copies<kDecodeStages - 1>();
+  sync_block();
+  QueryFragments<T, D> q;
+  q.load(queries);
+
+  SoftmaxTile<T, D> softmax;
+  const float scale = p.scale * kLog2e;
+  for (int i = 0; warp_index() + i * kDecodeWarps < tiles; ++i) {
+    copy(i + kDecodeStages - 1, (i + kDecodeStages - 1) % kDecodeStages);
+    wait_copies<kDecodeStages - 1>();
+    sync_warp();
+    const int tile = warp_index() + i * kDecodeWarps;
+    const T* keys = stages + i % kDecodeStages * kStageElements<D>;
+    TileScores s = {};
+    q.scores(keys, s);
+    if (tile < memory_tiles)
+      bias_memory(p, block, from, tile, scale, work.score, s);
+    else
+      mask_context(p, block, block.first_tile + tile - memory_tiles, scale, s);
+    softmax.absorb(s, keys + kTileTokens * kPitch<D>);
+    sync_warp();
+  }
+  softmax.finish();
+  sync_block();
+  Join<D> join(shared_memory());
+  join.put(softmax);
+  sync_block();
+  write_rows<T, D>(p, plan, work, block, join);
+}
+
+}  // namespace m3::gpu
+
+extern "C" {
+
+int64_t m3_memory_decode_cuda_workspace(const M3MemoryDecodeParams* p) {
+  m3::gpu::DecodeWorkspace work;
+  return m3::gpu::lay_out(*p, m3::gpu::plan_of(*p, false), nullptr, work);
+}
+
+m3_status m3_memory_decode_cuda(const M3MemoryDecodeParams* p, void* workspace, void* stream) {
+  using namespace m3::gpu;
+  return with_shape(p->dtype, p->dim, [&](auto type, auto dim) -> m3_status {
+    using T = decltype(type);
+    constexpr int D = decltype(dim)::value;
+    static_assert(kJoinBytes<D> <= kDecodeShared<D>);
+    M3_GPU_TRY(check_decode(*p));
+    M3_GPU_TRY(check_rows("mem_k", p->memory.k, p->memory.k_stride, 3));
+    M3_GPU_TRY(check_rows("mem_v", p->memory.v, p->memory.v_stride, 3));
+    const DecodePlan plan = plan_of(*p, false);
+    DecodeWorkspace work;
+    lay_out(*p, plan, workspace, work);
+    M3_GPU_TRY(launch(&memory_decode_kernel<T, D>, {decode_blocks(*p, plan), kDecodeThreads, kDecodeShared<D>}, stream,
+                      *p, plan, work));
+    return launch_merge<T, D>(*p, plan, work, stream);
+  });
+}
+
+}  // extern "C"
