@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -15,6 +16,7 @@ from ..bank.build import build_bank
 from ..config import MemoryConfig
 from ..data import Entry
 from ..embed import SupportsEncode, as_embedder
+from ..memory import Memory
 from ..model.llama import Llama
 from ..model.load import MemoryModel, load_model
 from ..model.tokenizer import Tokenizer
@@ -22,7 +24,7 @@ from .batch import Sample
 from .config import TrainConfig
 from .holdout import Decontaminator, in_split
 from .lora import add_lora
-from .objective import Objective
+from .objective import Load, Objective
 from .parallel import World
 from .qa import QuestionSource, Reader, ask_about, retrieve
 from .text import ChunkedSource, TextSource, cut_sequences, retrieve_for_chunks, token_stream
@@ -40,6 +42,12 @@ class Run:
     objective: Objective
     source: Source
     evaluate: Evaluate
+    bank: Bank | None = None
+
+    def close(self) -> None:
+        """Let go of the bank."""
+        if self.bank is not None:
+            self.bank.close()
 
 
 def prepare(
@@ -57,7 +65,8 @@ def prepare(
     """Everything of a run, made on the spot or found in `out`.
 
     texts       to pretrain on (warmup, continual); those of the "dev" split are the evaluation
-    references  what a bank in OUT/bank is made of where `bank` names none: written (frozen) or as text only (live)
+    references  what a bank in OUT/bank is made of where `bank` names none; frozen memories are written when they are
+                first read, and kept in the bank by a run of one process
     exclude     evaluation texts: what shares a 13-gram with them is not trained on
     Raises ValueError naming what is missing.
     """
@@ -71,7 +80,7 @@ def prepare(
     opened, encoder = None, None
     if config.stage == "sft" or (config.stage == "continual" and config.read == "memory"):
         encoder = as_embedder(embedder)
-        opened = _bank(config, out, model, encoder, references, bank, notify)
+        opened = _bank(config, out, model, encoder, references, bank, world, notify)
     objective = _objective(config, model, opened, world)
     if config.stage == "sft":
         notify("making questions and looking up their references")
@@ -79,7 +88,7 @@ def prepare(
     else:
         notify("cutting the text and looking up its references")
         source, evaluate = _text(config, out, model, opened, encoder, texts, objective)
-    return Run(model, objective, source, evaluate)
+    return Run(model, objective, source, evaluate, opened)
 
 
 def base_model(config: TrainConfig, out: Path, texts: Sequence[str]) -> MemoryModel:
@@ -103,37 +112,50 @@ def base_model(config: TrainConfig, out: Path, texts: Sequence[str]) -> MemoryMo
     return MemoryModel(net, tokenizer, f"scratch-{config.seed}")
 
 
-def _bank(config, out, model, encoder, references: list[Entry], path: Path | None, notify: Notify) -> Bank:
-    cold = config.write == "live"
+def _bank(
+    config, out, model, encoder, references: list[Entry], path: Path | None, world: World, notify: Notify
+) -> Bank:
+    cold = config.write == "live"  # then only its text is used
     if path is None:
         if not references:
             raise ValueError("bank: a run that reads memories needs a bank, or references to make one of")
         path = out / "bank"
         notify("writing references into a bank")
-        build_bank(path, references, model, encoder, cold=cold)
-    bank = Bank.open(path)
+        build_bank(path, references, model, encoder, cold=True)
+    bank = Bank.open(path, write=not cold and world.size == 1)
     wanted = model.identity(embedder=encoder.name)
-    if cold:  # only its text is used
+    if cold:
         wanted = replace(bank.identity, tokenizer_hash=wanted.tokenizer_hash, embedder=encoder.name)
     bank.check(replace(wanted, dtype=bank.identity.dtype))
     return bank
 
 
 def _objective(config: TrainConfig, model: MemoryModel, bank: Bank | None, world: World) -> Objective:
+    load = _frozen(config, model, bank) if bank is not None and config.write == "frozen" else None
     net = model.net.to(world.device)
     net = add_lora(net, config.lora) if config.lora is not None else net.requires_grad_(True)
-    if bank is None:
-        return Objective(net)
-    if config.write == "live":
-        return Objective(net, tokens=bank.token_ids)
+    if load is not None:
+        return Objective(net, load=load)
+    return Objective(net, tokens=None if bank is None else bank.token_ids)
+
+
+def _frozen(config: TrainConfig, model: MemoryModel, bank: Bank) -> Load:
+    """Reads records from the bank; those that are not there yet are written by the weights as they are now."""
+    shared = {id(p): p for p in model.net.parameters()} if config.lora is not None else None  # LoRA leaves them alone
+    writer = MemoryModel(copy.deepcopy(model.net, shared), model.tokenizer, model.model_hash)
     shape, dtype = model.memory.record_shape(model.config), getattr(torch, bank.identity.dtype)
+
+    def write(references: list[list[int]]) -> list[Memory]:
+        return [replace(memory, kv=memory.kv.to(dtype)) for memory in writer.write_ids(references)]
 
     def load(ids: Sequence[bytes]) -> tuple[Tensor, Tensor]:
         kv, length = torch.zeros((len(ids), *shape), dtype=dtype), torch.zeros(len(ids), dtype=torch.int32)
+        with torch.no_grad(), torch.autocast("cpu", enabled=False):
+            bank.ensure(ids, write)
         bank.read_into(ids, kv, length, list(range(len(ids))))
         return kv, length
 
-    return Objective(net, load=load)
+    return load
 
 
 def _questions(config, out, model, bank, encoder, guard, objective) -> tuple[Source, Evaluate]:

@@ -53,6 +53,7 @@ def train(
             evaluation = trainer.run()
         finally:
             trainer.close()
+            run.close()
         if not world.first:
             return None
         _draw(out, config, notify)
