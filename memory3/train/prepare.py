@@ -26,7 +26,7 @@ from .holdout import Decontaminator, in_split
 from .lora import add_lora
 from .objective import Load, Objective
 from .parallel import World
-from .qa import QuestionSource, Reader, ask_about, retrieve
+from .qa import QuestionSource, Reader, Retriever, ask_about
 from .text import ChunkedSource, TextSource, cut_sequences, retrieve_for_chunks, token_stream
 from .tokenizer import train_tokenizer
 from .trainer import Evaluate, Source, micro_batches
@@ -83,8 +83,8 @@ def prepare(
         opened = _bank(config, out, model, encoder, references, bank, world, notify)
     objective = _objective(config, model, opened, world)
     if config.stage == "sft":
-        notify("making questions and looking up their references")
-        source, evaluate = _questions(config, out, model, opened, encoder, guard, objective)
+        notify("making questions about the references")
+        source, evaluate = _questions(config, model, opened, encoder, guard, objective)
     else:
         notify("cutting the text and looking up its references")
         source, evaluate = _text(config, out, model, opened, encoder, texts, objective)
@@ -158,13 +158,12 @@ def _frozen(config: TrainConfig, model: MemoryModel, bank: Bank) -> Load:
     return load
 
 
-def _questions(config, out, model, bank, encoder, guard, objective) -> tuple[Source, Evaluate]:
+def _questions(config, model, bank, encoder, guard, objective) -> tuple[Source, Evaluate]:
     asked = ask_about(bank, model.tokenizer, model.memory, guard, config.seed)
-    decode, cache = model.tokenizer.decode, out / "cache"
-    train = retrieve(asked.items["train"], bank, encoder, decode, cache=cache / "train.npz")
+    retriever = Retriever(bank, encoder, model.tokenizer.decode)
     dev = list(asked.items["dev"])
     random.Random(f"evaluation {config.seed}").shuffle(dev)
-    dev = retrieve(dev[: config.eval_items], bank, encoder, decode, cache=cache / "dev.npz")
+    dev = retriever(dev[: config.eval_items])
     if not dev:
         raise ValueError("bank: none of its titles falls into the dev split; give a larger one")
     reader = Reader(model.memory, bank.token_ids)
@@ -177,7 +176,7 @@ def _questions(config, out, model, bank, encoder, guard, objective) -> tuple[Sou
             for read in config.eval_reads
         }
 
-    return QuestionSource(train, reader, config, allowed), evaluate
+    return QuestionSource(asked.items["train"], reader, config, allowed, retriever), evaluate
 
 
 def _text(config, out, model, bank, encoder, texts: list[Entry], objective) -> tuple[Source, Evaluate]:

@@ -7,13 +7,9 @@ also learns to do without; evaluation reads what the retriever finds.
 
 from __future__ import annotations
 
-import hashlib
 import random
 from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
-
-import numpy as np
 
 from ..config import MemoryConfig
 from ..data import Entry
@@ -29,7 +25,7 @@ if TYPE_CHECKING:
 
 CANDIDATES = 16  # retrieved per question; those of other splits are left out of training
 MIX = {"fact": 0.25, "reverse": 0.15, "cloze": 0.4, "passage": 0.2}
-EMBED_BATCH = 512
+Decode = Callable[[Sequence[int]], str]
 
 
 class Item(NamedTuple):
@@ -86,45 +82,23 @@ def _unambiguous(items: Iterable[Item], longest: int) -> list[Item]:
     return [i for i in items if len(answers[i.prompt]) == 1 and not (i.prompt in seen or seen.add(i.prompt))]
 
 
-def retrieve(
-    items: Sequence[Item],
-    bank: Bank,
-    embedder: SupportsEncode,
-    decode: Callable[[Sequence[int]], str],
-    *,
-    cache: Path | None = None,
-    progress: Callable[[int, int], None] | None = None,
-) -> list[Item]:
-    """The items with what the retriever finds for their prompts. cache: an .npz file, used for the same questions."""
-    records = list(bank.ids())
-    number = {record: i for i, record in enumerate(records)}
-    state = hashlib.sha256(b"".join(sorted(records)) + f"{CANDIDATES} {embedder.name}".encode())
-    for item in items:
-        state.update(np.array(item.prompt, np.int32).tobytes() + b"|")
-    key = state.hexdigest()
-    found = None
-    if cache is not None and cache.is_file():
-        with np.load(cache) as saved:
-            found = saved["found"] if str(saved["key"]) == key else None
-    if found is None:
-        found = np.full((len(items), CANDIDATES), -1, np.int32)
-        for first in range(0, len(items), EMBED_BATCH):
-            part = items[first : first + EMBED_BATCH]
-            rows, _ = bank.search(embedder.encode([decode(i.prompt) for i in part]), CANDIDATES)
-            for i, row in enumerate(rows):
-                found[first + i, : len(row)] = [number[record] for record in row]
-            if progress is not None:
-                progress(first + len(part), len(items))
-        if cache is not None:
-            cache.parent.mkdir(parents=True, exist_ok=True)
-            partial = cache.with_name(f".{cache.name}.partial")
-            with partial.open("wb") as file:
-                np.savez(file, key=key, found=found)
-            partial.replace(cache)
-    return [
-        item._replace(found=tuple(records[n] for n in row if n >= 0))
-        for item, row in zip(items, found.tolist(), strict=True)
-    ]
+class Retriever:
+    """Puts into items what a bank's retriever finds for their prompts; remembers the latest `keep` answers."""
+
+    def __init__(self, bank: Bank, embedder: SupportsEncode, decode: Decode, keep: int = 100_000) -> None:
+        self._bank, self._embedder, self._decode, self._keep = bank, embedder, decode, keep
+        self._known: dict[tuple[int, ...], tuple[bytes, ...]] = {}
+
+    def __call__(self, items: Sequence[Item]) -> list[Item]:
+        """The items with `found`, best first; one search for all that are not known."""
+        new = list(dict.fromkeys(i.prompt for i in items if i.prompt not in self._known))
+        if new:
+            rows, _ = self._bank.search(self._embedder.encode([self._decode(p) for p in new]), CANDIDATES)
+            self._known.update(zip(new, map(tuple, rows), strict=True))
+        out = [item._replace(found=self._known[item.prompt]) for item in items]
+        while len(self._known) > self._keep:
+            self._known.pop(next(iter(self._known)))
+        return out
 
 
 class Reader:
@@ -149,24 +123,34 @@ class QuestionSource:
     """Training questions, kinds mixed as MIX says, drawn anew at every step by seed and step.
 
     config.own_refs of a question's references are its own (gold and most similar); the rest are borrowed from its
-    neighbours in the same micro-batch, so that live writing encodes fewer.
+    neighbours in the same micro-batch, so that live writing encodes fewer. allowed: records that may be read;
+    retriever: puts what it finds into items.
     """
 
-    def __init__(self, items: Sequence[Item], reader: Reader, config: TrainConfig, allowed: set[bytes]) -> None:
+    def __init__(
+        self,
+        items: Sequence[Item],
+        reader: Reader,
+        config: TrainConfig,
+        allowed: set[bytes],
+        retriever: Callable[[Sequence[Item]], list[Item]],
+    ) -> None:
         self.pools = {k: [i for i in items if i.kind == k] for k in MIX}
         self.pools = {k: pool for k, pool in self.pools.items() if pool}
         if not self.pools:
             raise ValueError("items: there is no question to train on; give a bank with longer texts")
-        self.reader, self.config, self.allowed = reader, config, allowed
+        self.reader, self.config, self.allowed, self.retriever = reader, config, allowed, retriever
 
     def samples(self, step: int) -> list[Sample]:
         config, rng = self.config, random.Random(f"{self.config.seed} {step}")
         kinds = list(self.pools)
         weights = [MIX[k] for k in kinds]
+        chosen = [rng.choice(self.pools[k]) for k in rng.choices(kinds, weights, k=config.batch)]
+        if config.read != "none":
+            chosen = self.retriever(chosen)
         out: list[Sample] = []
         for start in range(0, config.batch, config.borrow):
-            count = min(config.borrow, config.batch - start)
-            group = [rng.choice(self.pools[k]) for k in rng.choices(kinds, weights, k=count)]
+            group = chosen[start : start + config.borrow]
             own = [self._own(item, rng) for item in group]
             for i, item in enumerate(group):
                 if config.read == "none" or rng.random() < config.drop_memory:

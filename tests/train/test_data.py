@@ -13,7 +13,7 @@ from memory3 import Bank, MemoryModel
 from memory3.data import Entry
 from memory3.train.config import TrainConfig
 from memory3.train.overlap import overlap
-from memory3.train.qa import MIX, Item, QuestionSource, Reader, ask_about, retrieve
+from memory3.train.qa import MIX, Item, QuestionSource, Reader, Retriever, ask_about
 from memory3.train.questions import cloze, questions_about, reverse
 from memory3.train.text import ChunkedSource, TextSource, cut_sequences, pick, retrieve_for_chunks, token_stream
 from memory3.train.tokenizer import train_tokenizer
@@ -153,19 +153,24 @@ def items(model, bank):
         title = reference[bank.text(record)].title
         kind = list(MIX)[n % len(MIX)]
         made.append(Item(kind, tuple(model.tokenizer.encode(f"{title}?")), (5, 6), record))
-    return retrieve(made, bank, Letters(), model.tokenizer.decode)
+    return made
+
+
+@pytest.fixture
+def retriever(model, bank):
+    return Retriever(bank, Letters(), model.tokenizer.decode)
 
 
 def config(**options):
     return TrainConfig(shape=tiny().config, stage="sft", batch=64, **options)
 
 
-def test_gold_is_read_unless_it_is_dropped(model, bank, items):
+def test_gold_is_read_unless_it_is_dropped(bank, items, retriever):
     reader, records = Reader(TINY_MEMORY, bank.token_ids), set(bank.ids())
     golds = {(i.prompt, i.answer): i for i in items}
 
     def reads(**options):
-        source = QuestionSource(items, reader, config(**options), records)
+        source = QuestionSource(items, reader, config(**options), records, retriever)
         assert source.samples(3) == source.samples(3) != source.samples(4)
         for sample in source.samples(3):
             item = golds[sample.ids[1 : sample.first], sample.ids[sample.first :]]
@@ -181,8 +186,8 @@ def test_gold_is_read_unless_it_is_dropped(model, bank, items):
     assert 16 < sum(dropped) < 48 and all(not found for _, found in reads(read="none"))
 
 
-def test_a_question_reads_memory_text_or_nothing(bank, items):
-    reader, item = Reader(TINY_MEMORY, bank.token_ids), items[0]
+def test_a_question_reads_memory_text_or_nothing(bank, items, retriever):
+    reader, (item,) = Reader(TINY_MEMORY, bank.token_ids), retriever(items[:1])
     body = (*TINY_MEMORY.context_bos_ids, *item.prompt, *item.answer)
     memory = reader.sample(item, "memory", item.found[:2])
     assert memory.ids == body and memory.pieces[0] == (len(body), item.found[:2])
@@ -194,9 +199,19 @@ def test_a_question_reads_memory_text_or_nothing(bank, items):
     assert text.ids == (*prefix, *second, *prefix, *first, *body) and text.ids[text.first :] == item.answer
 
 
-def test_only_allowed_references_are_read(bank, items):
+def test_only_allowed_references_are_read(bank, items, retriever):
     allowed = {i.gold for i in items[::2]}
     source = QuestionSource(
-        items[::2], Reader(TINY_MEMORY, bank.token_ids), config(drop_memory=0, drop_gold=0.3), allowed
+        items[::2], Reader(TINY_MEMORY, bank.token_ids), config(drop_memory=0, drop_gold=0.3), allowed, retriever
     )
     assert {r for s in source.samples(0) for p in s.pieces for r in p.reads} <= allowed
+
+
+def test_the_retriever_asks_once_per_question(bank, items, retriever, monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        Letters, "encode", lambda self, texts, run=Letters.encode: asked.extend(texts) or run(self, texts)
+    )
+    found = retriever([items[0], items[1], items[0]])
+    assert found[0] == found[2] and len(found[0].found) == 16 and len(asked) == 2
+    assert retriever(items[:2]) == found[:2] and len(asked) == 2
