@@ -39,7 +39,7 @@ def show_table(
         table.add_column(column, justify="left" if i == 0 else "right", no_wrap=True)
     for row in rows:
         table.add_row(*row)
-    Console(width=max(150, Console().width)).print(table)
+    Console(width=max(180, Console().width)).print(table)
 
 
 @contextmanager

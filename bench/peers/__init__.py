@@ -9,11 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from .attention import sdpa_concatenated, sdpa_explicit_mask, two_partial_attentions
+from .codec import faiss_bare_sa_decode, faiss_sa_decode
 from .peer import Peer
 
 PEERS: dict[str, tuple[Callable[..., Peer], ...]] = {
+    "gather_dequantize": (faiss_sa_decode, faiss_bare_sa_decode),
     "memory_attention": (sdpa_explicit_mask, two_partial_attentions),
     "memory_decode": (sdpa_concatenated,),
+    "vq_dequantize": (faiss_sa_decode, faiss_bare_sa_decode),
 }
 
 __all__ = ["PEERS", "Peer"]
