@@ -138,11 +138,6 @@ bool weaves(const M3SelectTokensParams& p, int64_t used) {
 
 template <class T>
 void select_head(const M3SelectTokensParams& p, int64_t ref, int64_t head, float* workspace) {
-  const SelectLayout at = select_layout(p);
-  float* keys = workspace + at.keys;
-  float* score = workspace + at.score;
-  float* weight = workspace + at.weight;
-  float* highest = workspace + at.highest;
   int32_t* index = p.index + (ref * p.kv_heads + head) * p.tokens;
   const int64_t length = p.length[ref], group = p.q_heads / p.kv_heads;
   const bool causal = p.rule == M3_SELECT_CAUSAL;
@@ -152,6 +147,11 @@ void select_head(const M3SelectTokensParams& p, int64_t ref, int64_t head, float
     for (int64_t i = 0; i < p.tokens; ++i) index[i] = -1;
     return;
   }
+  const SelectLayout at = select_layout(p);
+  float* keys = workspace + at.keys;
+  float* score = workspace + at.score;
+  float* weight = workspace + at.weight;
+  float* highest = workspace + at.highest;
   const T* q = static_cast<const T*>(p.q) + ref * p.q_stride[0] + head * group * p.q_stride[2];
   const T* k = static_cast<const T*>(p.k) + ref * p.k_stride[0] + base * p.k_stride[1] + head * p.k_stride[2];
   const int dim = static_cast<int>(p.dim);

@@ -38,11 +38,15 @@ Tensor select_tokens(const Tensor& q, const Tensor& k, const Tensor& length, int
   p.q = q.const_data_ptr(), p.k = k.const_data_ptr();
   p.length = lengths.const_data_ptr<int32_t>(), p.index = index.mutable_data_ptr<int32_t>();
   for (int64_t i = 0; i < 3; ++i) p.q_stride[i] = q.stride(i), p.k_stride[i] = k.stride(i);
-  const int64_t threads = torch::stable::get_num_threads(), tasks = refs * kv_heads;
-  p.workers = tasks < threads ? (tasks > 0 ? tasks : 1) : threads;
-  Tensor workspace =
-      empty_cpu({p.workers, m3_select_tokens_workspace(&p)}, ScalarType::Float);
-  p.workspace = workspace.mutable_data_ptr<float>();
+  const int64_t tasks = rows > start ? refs * kv_heads : 0;  // without a row to rank nothing is computed
+  p.workers = 1;
+  Tensor workspace;
+  if (tasks > 0) {
+    const int64_t threads = torch::stable::get_num_threads();
+    p.workers = tasks < threads ? tasks : threads;
+    workspace = empty_cpu({p.workers, m3_select_tokens_workspace(&p)}, ScalarType::Float);
+    p.workspace = workspace.mutable_data_ptr<float>();
+  }
   check(m3_select_tokens_cpu(&p));
   return index;
 }

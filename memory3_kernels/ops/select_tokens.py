@@ -153,12 +153,20 @@ def cases():
             _sample(7, 37, 3, 3, 24, 5, rule, start=3, lengths=[37, 0, 2, 3, 4, 8, 20]),
         )
     yield Case("received-twins_T32", _sample(2, 32, 4, 2, 16, 8, "received", twins=True))
+    yield Case("received-twins-across-tiles_T130", _sample(2, 130, 6, 2, 64, 16, "received", twins=True))
+    yield Case("received-twins-whole-tiles_T128", _sample(2, 128, 6, 2, 64, 16, "received", twins=True))
+    yield Case(
+        "received-woven-lengths_T192_H5-1_D72",
+        _sample(8, 192, 5, 1, 72, 12, "received", start=3, lengths=[192, 191, 180, 131, 128, 67, 60, 4]),
+    )
     yield Case("exp-flat_T19", _sample(1, 19, 2, 1, 8, 4, "exp", flat=True))
     yield Case("received-start-past-everything", _sample(2, 6, 2, 1, 8, 3, "received", start=6))
     yield Case("received-N0", _sample(0, 8, 2, 1, 8, 3, "received"))
     yield Case("received-T0", _sample(2, 0, 2, 1, 8, 3, "received"))
     yield Case("causal-keeps-all_T80_K128", _sample(2, 80, 3, 1, 16, 128, "causal", start=3))
     yield Case("causal-group5_T70_D80", _sample(1, 70, 5, 1, 80, 8, "causal", start=2))
+    bench = _sample(32, 128, 9, 3, 64, 8, "received")
+    yield Case("received-smollm2_N32_T128_H9-3_D64_K8", bench, slow=True, bench=True)
     yield Case("received-paper_N8_T128_H40-8_D80_K8", _sample(8, 128, 40, 8, 80, 8, "received"), slow=True, bench=True)
     yield Case("causal-smollm2_N8_T136_H9-3_D64_K8", _sample(8, 136, 9, 3, 64, 8, "causal", 6), slow=True, bench=True)
 
