@@ -25,6 +25,18 @@ def load(library: Path) -> None:
             _library.define(op.name + op.schema)
         torch.ops.load_library(str(library))
         _host = ctypes.CDLL(str(library))
+        _host.simt_known_memory.restype = ctypes.c_size_t
+
+
+def library() -> ctypes.CDLL:
+    """The loaded host.
+
+    Raises:
+        RuntimeError: `load` was not called.
+    """
+    if _host is None:
+        raise RuntimeError("load() the SIMT host first")
+    return _host
 
 
 def has_kernel(name: str) -> bool:

@@ -1,0 +1,106 @@
+"""The CUDA kernels as nvcc compiles them: PTX, binaries, and what the tools say of those."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+
+from . import build
+
+sys.path.insert(0, str(build.ROOT / "_build"))
+import find_nvcc  # noqa: E402
+
+ARCHS = (80, 86, 89, 90, 100, 120)
+OUT = build.ROOT / "build" / "nvcc"
+
+
+def missing() -> str | None:
+    """Why nothing can be compiled here, or None."""
+    return None if find_nvcc.find() else "nvcc is not installed (CUDA_HOME, PATH or pip's nvidia packages)"
+
+
+@cache
+def _tools() -> dict[str, str]:
+    """cuobjdump and nvdisasm: beside nvcc, on PATH, or in Triton's wheel."""
+    folders = [str(find_nvcc.find().parent), os.environ.get("PATH", "")]
+    try:
+        import triton
+
+        folders.append(str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin"))
+    except ImportError:
+        pass
+    path = os.pathsep.join(folders)
+    return {name: shutil.which(name, path=path) or "" for name in ("cuobjdump", "nvdisasm")}
+
+
+def missing_tools() -> str | None:
+    if missing():
+        return missing()
+    return None if all(_tools().values()) else "cuobjdump and nvdisasm are not installed (Triton's wheel has them)"
+
+
+def sources() -> list[Path]:
+    return sorted(build.CSRC.glob("*/*.cu"))
+
+
+def compile_kernels(op: str, arch: int, kind: str) -> Path:
+    """`op`'s kernels as "ptx" or "cubin" for sm_`arch`; kept until a source changes.
+
+    Raises:
+        RuntimeError: nvcc's output.
+    """
+    source = build.CSRC / op / f"{op}.cu"
+    target = OUT / f"{op}.sm_{arch}.{kind}"
+    newest = max(p.stat().st_mtime for p in build.CSRC.rglob("*") if p.suffix in (".cu", ".cuh", ".h"))
+    if target.is_file() and target.stat().st_mtime > newest:
+        return target
+    OUT.mkdir(parents=True, exist_ok=True)
+    part = target.with_suffix(f".part{os.getpid()}")
+    command = [str(find_nvcc.find()), "-std=c++17", "-O3", "-lineinfo", f"-arch=sm_{arch}", f"-I{build.CSRC}",
+               f"-I{build.CSRC}/include", f"-{kind}", str(source), "-o", str(part)]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"nvcc cannot compile {source.name} for sm_{arch}:\n{done.stderr}")
+    part.replace(target)
+    return target
+
+
+@dataclass
+class Resources:
+    """Of one kernel on one architecture."""
+
+    kernel: str  # mangled
+    arch: int
+    registers: int
+    stack: int
+    spills: int  # bytes of local memory per thread
+    opcodes: dict[str, int] = field(default_factory=dict)  # SASS instructions by full name
+
+
+def _run(name: str, *arguments: str) -> str:
+    tools = _tools()
+    path = os.pathsep.join([str(Path(tools["nvdisasm"]).parent), os.environ.get("PATH", "")])
+    command = [tools[name], *arguments]
+    return subprocess.run(command, check=True, capture_output=True, text=True, env=os.environ | {"PATH": path}).stdout
+
+
+def resources(op: str, arch: int) -> list[Resources]:
+    """What cuobjdump finds in the binary of `op`."""
+    cubin = str(compile_kernels(op, arch, "cubin"))
+    found = {}
+    usage = _run("cuobjdump", "-res-usage", cubin)
+    for name, line in re.findall(r"Function (\w+):\s*\n\s*(REG:[^\n]*)", usage):
+        number = {key: int(value) for key, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", line)}
+        found[name] = Resources(name, arch, number["REG"], number["STACK"], number["LOCAL"])
+    sass = _run("cuobjdump", "-sass", cubin)
+    for name, body in re.findall(r"Function : (\w+)\n(.*?)(?=\n\s*Function : |\Z)", sass, re.DOTALL):
+        counts = found[name].opcodes
+        for opcode in re.findall(r"/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", body):
+            counts[opcode] = counts.get(opcode, 0) + 1
+    return list(found.values())
