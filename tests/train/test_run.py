@@ -109,3 +109,28 @@ def test_show_computes_and_trains_nothing(tmp_path):
     assert done.exit_code == 0 and "GiB" in done.output
     with pytest.raises(ValueError, match="--out"):
         CliRunner().invoke(app, ["train"], catch_exceptions=False)
+
+
+def test_frozen_memories_are_those_of_the_base(corpus, tmp_path):
+    """Records written in the middle of training, with the adapter already trained, are what the base alone writes."""
+    from memory3.cli.write import entries
+    from memory3.train.prepare import prepare
+
+    base = tmp_path / "base"
+    command("--config", "tiny", "--out", base, "--text", corpus, changes=SMALL)
+    rest = [c for c in SMALL if not c.startswith("shape")]
+    settings = with_changes(run_config("tiny", "sft"), [*rest, "write=frozen", "lora.rank=2"], base)
+    run = prepare(settings, tmp_path / "run", references=entries([str(corpus)]))
+    with torch.no_grad():
+        for name, parameter in run.model.net.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_()
+    record = next(iter(run.bank.ids()))
+    tokens = run.bank.token_ids(record)
+    assert run.bank.is_cold(record)
+    kv, length = run.objective._load([record])
+    run.close()
+    model = load_model(base / "model")
+    expected = model.write_ids([tokens])[0]
+    assert length.tolist() == [expected.n_valid]
+    torch.testing.assert_close(kv[0], expected.kv)
