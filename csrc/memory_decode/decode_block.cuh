@@ -11,6 +11,8 @@ namespace m3::gpu {
 
 constexpr int kDecodeThreads = 32 * kDecodeWarps;
 constexpr int kDecodeStages = 2;
+// Blocks an SM should hold: as many as shared memory lets an H100 have at D = 128. It bounds the registers by 168.
+constexpr int kDecodeResident = 3;
 
 // What parts leave for the merge, and raw scores of memory tokens for their mass.
 struct DecodeWorkspace {

@@ -19,7 +19,7 @@ template <int D>
 constexpr int kDecodeShared = (kTileRows * kPitch<D> + kDecodeWarps * kDecodeStages * kStageElements<D>) * 2;
 
 template <class T, int D>
-M3_KERNEL void M3_THREADS(kDecodeThreads)
+M3_KERNEL void M3_THREADS(kDecodeThreads, kDecodeResident)
     memory_decode_kernel(M3MemoryDecodeParams p, DecodePlan plan, DecodeWorkspace work) {
   const DecodeBlock block(p, plan);
   if (block.vectors <= 0) return;

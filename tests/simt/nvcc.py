@@ -49,21 +49,24 @@ def sources() -> list[Path]:
     return sorted(build.CSRC.glob("*/*.cu"))
 
 
-def compile_kernels(op: str, arch: int, kind: str) -> Path:
+def compile_kernels(op: str, arch: int, kind: str, one_shape: bool = False) -> Path:
     """`op`'s kernels as "ptx" or "cubin" for sm_`arch`; kept until a source changes.
+
+    Args:
+        one_shape: bfloat16 and a head dimension of 80 only, a sixth of the work.
 
     Raises:
         RuntimeError: nvcc's output.
     """
     source = build.CSRC / op / f"{op}.cu"
-    target = OUT / f"{op}.sm_{arch}.{kind}"
+    target = OUT / f"{op}.sm_{arch}{'.one' if one_shape else ''}.{kind}"
     newest = max(p.stat().st_mtime for p in build.CSRC.rglob("*") if p.suffix in (".cu", ".cuh", ".h"))
     if target.is_file() and target.stat().st_mtime > newest:
         return target
     OUT.mkdir(parents=True, exist_ok=True)
     part = target.with_suffix(f".part{os.getpid()}")
-    command = [str(find_nvcc.find()), "-std=c++17", "-O3", "-lineinfo", f"-arch=sm_{arch}", f"-I{build.CSRC}",
-               f"-I{build.CSRC}/include", f"-{kind}", str(source), "-o", str(part)]  # fmt: skip
+    flags = ["-std=c++17", "-O3", "-lineinfo", f"-arch=sm_{arch}", f"-{kind}", *(["-DM3_ONE_SHAPE"] if one_shape else [])]
+    command = [str(find_nvcc.find()), *flags, f"-I{build.CSRC}", f"-I{build.CSRC}/include", str(source), "-o", str(part)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"nvcc cannot compile {source.name} for sm_{arch}:\n{done.stderr}")
@@ -82,6 +85,21 @@ class Resources:
     spills: int  # bytes of local memory per thread
     opcodes: dict[str, int] = field(default_factory=dict)  # SASS instructions by full name
 
+    @property
+    def name(self) -> str:
+        """Without namespaces and template arguments."""
+        parts, rest = [], self.kernel.removeprefix("_ZN").removeprefix("_Z")
+        while match := re.match(r"(\d+)", rest):
+            size = int(match[1])
+            rest = rest[len(match[1]) :]
+            parts.append(rest[:size])
+            rest = rest[size:]
+        return parts[-1]
+
+    def count(self, pattern: str) -> int:
+        """Instructions whose name matches from its start."""
+        return sum(n for opcode, n in self.opcodes.items() if re.match(pattern, opcode))
+
 
 def _run(name: str, *arguments: str) -> str:
     tools = _tools()
@@ -90,9 +108,9 @@ def _run(name: str, *arguments: str) -> str:
     return subprocess.run(command, check=True, capture_output=True, text=True, env=os.environ | {"PATH": path}).stdout
 
 
-def resources(op: str, arch: int) -> list[Resources]:
+def resources(op: str, arch: int, one_shape: bool = False) -> list[Resources]:
     """What cuobjdump finds in the binary of `op`."""
-    cubin = str(compile_kernels(op, arch, "cubin"))
+    cubin = str(compile_kernels(op, arch, "cubin", one_shape))
     found = {}
     usage = _run("cuobjdump", "-res-usage", cubin)
     for name, line in re.findall(r"Function (\w+):\s*\n\s*(REG:[^\n]*)", usage):

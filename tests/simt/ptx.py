@@ -4,9 +4,9 @@ path, or in the folder M3_PTXRUN names). Every access is checked against the mem
 from __future__ import annotations
 
 import ctypes
-import os
 import struct
 from contextlib import contextmanager
+from functools import cache
 
 import numpy as np
 
@@ -36,8 +36,9 @@ def missing() -> str | None:
 class Run:
     """The launches of one op call. `results`: (kernel, statistics) each; `error`: what stopped them."""
 
-    def __init__(self, op: str, arch: int, options: dict):
-        self.op, self.arch, self.options = op, arch, options
+    def __init__(self, op: str, arch: int, one_shape: bool, options: dict):
+        self.op, self.options = op, options
+        self.module = _module(op, arch, one_shape)
         self.results: list[tuple[str, dict]] = []
         self.error: Exception | None = None
         self._buffers: list[tuple[int, int, object]] = []  # first address, size, memory
@@ -83,9 +84,9 @@ class Run:
                     if device is not None:
                         struct.pack_into("<Q", raw, at, device)
                 arguments.append(bytes(raw))
-            module = _module(self.op, self.arch)
-            result = module.launch(symbol.decode(), grid=launch.grid, block=launch.block, args=arguments,
+            result = self.module.launch(symbol.decode(), grid=launch.grid, block=launch.block, args=arguments,
                                    smem=launch.shared, **self.options)  # fmt: skip
+            result["shared_bytes"] = launch.shared
             self.results.append((symbol.decode(), result))
             return 0
         except Exception as error:
@@ -93,24 +94,19 @@ class Run:
             return 1
 
 
-_modules: dict[tuple[str, int], object] = {}
-
-
-def _module(op: str, arch: int):
-    if (op, arch) not in _modules:
-        path = nvcc.compile_kernels(op, arch, "ptx")
-        _modules[op, arch] = interpreter().Module(path.read_text())
-    return _modules[op, arch]
+@cache
+def _module(op: str, arch: int, one_shape: bool):
+    return interpreter().Module(nvcc.compile_kernels(op, arch, "ptx", one_shape).read_text())
 
 
 @contextmanager
-def running(op: str, arch: int = 80, **options):
+def running(op: str, arch: int = 80, one_shape: bool = False, **options):
     """Inside the block, launches of host.call(op, ...) run as PTX for sm_`arch`.
 
     Raises:
         The interpreter's error, with its findings.
     """
-    run = Run(op, arch, options)
+    run = Run(op, arch, one_shape, options)
     hook = _HOOK(run)
     host.library().simt_forget_memory()
     host.library().simt_set_hook(hook)
