@@ -14,9 +14,9 @@ constexpr float kPowerFloor = -120.f;
 
 // Relative error < 1e-6. With N = round(16 x) and r = x - N / 16, |r| <= 1/32:
 //   2^x = 2^(N / 16) 2^r,  2^r = k ((r + a)^2 + b), k and b fitted for the least relative error (7e-7);
-// a = 23/16, near 1 / ln 2, is a multiple of 1/16, so that r + a takes one subtraction. Adding 1.5 * 2^19 leaves N in the
-// low bits of the sum; shifted by 19 they are the exponent of 2^(N / 16), plus 2^19 times N modulo 16, which the table
-// holds too little.
+// a = 23/16, near 1 / ln 2, is a multiple of 1/16, so that r + a takes one subtraction. Adding 1.5 * 2^19 leaves N in
+// the low bits of the sum; shifted by 19 they are the exponent of 2^(N / 16), plus 2^19 times N modulo 16, which the
+// table holds too little.
 struct Power {
   F32 table;  // bits of k 2^(j / 16), less j << 19
   Power() {

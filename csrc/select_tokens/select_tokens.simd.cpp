@@ -6,6 +6,7 @@
 #include "common/attention_tile.h"
 #include "select_tokens/layout.h"
 #include "select_tokens/power.h"
+#include "select_tokens/queries.h"
 #include "select_tokens/woven.h"
 
 namespace m3 {
@@ -136,10 +137,30 @@ bool weaves(const M3SelectTokensParams& p, int64_t used) {
 #endif
 }
 
+// Asks for the keys of the worker's next task a few rows at a time: they lie too far apart for the hardware to guess.
+template <class T>
+struct NextKeys {
+  const T* k = nullptr;
+  int64_t stride, dim, left = 0, each = 0;
+
+  // To be called `parts` times.
+  NextKeys(const M3SelectTokensParams& p, int64_t ref, int64_t head, int64_t parts)
+      : stride(p.k_stride[1]), dim(p.dim) {
+    const int64_t task = ref * p.kv_heads + head + p.workers, next = task / p.kv_heads;
+    if (next >= p.refs) return;
+    k = static_cast<const T*>(p.k) + next * p.k_stride[0] + task % p.kv_heads * p.k_stride[2];
+    left = p.length[next], each = (left + parts - 1) / parts;
+  }
+  void operator()() {
+    for (int64_t i = 0; i < each && left > 0; ++i, --left, k += stride)
+      for (int64_t d = 0; d < dim; d += 64 / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(k + d);
+  }
+};
+
 template <class T>
 void select_head(const M3SelectTokensParams& p, int64_t ref, int64_t head, float* workspace) {
   int32_t* index = p.index + (ref * p.kv_heads + head) * p.tokens;
-  const int64_t length = p.length[ref], group = p.q_heads / p.kv_heads;
+  const int64_t length = p.length[ref];
   const bool causal = p.rule == M3_SELECT_CAUSAL;
   const int64_t base = causal ? 0 : p.start;  // row of column 0
   const int64_t used = length > p.start ? length - base : 0;
@@ -152,13 +173,12 @@ void select_head(const M3SelectTokensParams& p, int64_t ref, int64_t head, float
   float* score = workspace + at.score;
   float* weight = workspace + at.weight;
   float* highest = workspace + at.highest;
-  const T* q = static_cast<const T*>(p.q) + ref * p.q_stride[0] + head * group * p.q_stride[2];
+  const T* q = static_cast<const T*>(p.q) + ref * p.q_stride[0] + head * (p.q_heads / p.kv_heads) * p.q_stride[2];
   const T* k = static_cast<const T*>(p.k) + ref * p.k_stride[0] + base * p.k_stride[1] + head * p.k_stride[2];
   const int dim = static_cast<int>(p.dim);
   const int64_t columns = at.columns;
   for (int64_t c = 0; c < columns; ++c) weight[c] = 0.f, highest[c] = -kInf;
-  const int64_t first = p.start * group, last = length * group;  // query vectors: row by row, a row's heads together
-  const auto query = [&](int64_t f) { return q + f / group * p.q_stride[1] + f % group * p.q_stride[2]; };
+  Queries<T> queries(p, q, length);
   const bool woven = weaves<T>(p, used);
   if (!woven) pack_keys(k, p.k_stride[1], dim, used, columns, keys);
 #if defined(__AVX512BF16__)
@@ -166,18 +186,16 @@ void select_head(const M3SelectTokensParams& p, int64_t ref, int64_t head, float
     if (woven) {
       uint32_t* pairs = reinterpret_cast<uint32_t*>(keys);
       pack_woven(k, p.k_stride[1], dim, used, pairs);
-      add_woven([&](int64_t i) { return query(first + i); }, last - first, dim, p.scale * kLog2E, pairs, used, score,
-                weight);
+      const int64_t blocks = (queries.left + kWovenRows - 1) / kWovenRows;
+      add_woven(queries, NextKeys<T>(p, ref, head, blocks), dim, p.scale * kLog2E, pairs, used, score, weight);
+      queries.left = 0;
     }
 #endif
-  for (int64_t f = woven ? last : first; f < last; f += kRows) {
-    const int count = static_cast<int>(last - f < kRows ? last - f : kRows);
+  while (queries.left > 0) {
+    const int count = static_cast<int>(queries.left < kRows ? queries.left : kRows);
     const T* rows[kRows];
     int64_t seen[kRows];
-    for (int r = 0; r < count; ++r) {
-      rows[r] = query(f + r);
-      seen[r] = causal ? (f + r) / group + 1 : used;
-    }
+    for (int r = 0; r < count; ++r) seen[r] = causal ? queries.row + 1 : used, rows[r] = queries.take();
     const int64_t end = whole_vectors(seen[count - 1]);
     score_block(rows, count, dim, p.scale * kLog2E, keys, columns, static_cast<int>(end), at.width,
                 workspace + at.query, score);

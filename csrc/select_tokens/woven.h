@@ -6,6 +6,7 @@
 
 #include "common/pair_tile.h"
 #include "select_tokens/power.h"
+#include "select_tokens/queries.h"
 
 namespace m3 {
 namespace M3_LEVEL {
@@ -77,8 +78,8 @@ inline void sum_step(const WovenRows& rows, const float* score, float* weight) {
   store(weight, load(weight) + block);
 }
 
-// One tile, its scores at `at` of each stage and its columns at `weight`: those of `now` are computed (high: the largest
-// of each row so far), those of `then` become powers, those of `past` are added to the weights.
+// One tile, its scores at `at` of each stage and its columns at `weight`: the scores of `now` are computed (high: the
+// largest of each row so far), those of `then` become powers, those of `past` are added to the weights.
 inline void woven_tile(const BF16* const* q, const uint32_t* keys, int pairs, float factor, int64_t at, WovenRows& now,
                        WovenRows& then, const WovenRows& past, F32* high, I32 visible, float* weight) {
   constexpr int kSteps = kWovenSteps / kWovenTile, kEach = kSteps / kWovenRows;
@@ -119,11 +120,11 @@ inline void pack_woven(const BF16* k, int64_t stride, int dim, int64_t used, uin
   }
 }
 
-// weight[c] += the softmax rows of `count` query vectors over `used` columns of keys from pack_woven; query(i): their
-// addresses. dim is at least 2 * kWovenSteps, factor above 0, used fills whole tiles but for the last vector, and score
-// has room for three times [4, used] in whole tiles.
-template <class Query>
-void add_woven(const Query& query, int64_t count, int dim, float factor, const uint32_t* keys, int64_t used,
+// weight[c] += the softmax rows of the query vectors over `used` columns of keys from pack_woven. ahead() is called for
+// every four query vectors, for what should be fetched meanwhile. dim is at least 2 * kWovenSteps, factor above 0, used
+// fills whole tiles but for the last vector, and score has room for three times [4, used] in whole tiles.
+template <class Ahead>
+void add_woven(Queries<BF16> queries, Ahead ahead, int dim, float factor, const uint32_t* keys, int64_t used,
                float* score, float* weight) {
   constexpr int64_t kBlock = kWovenRows * kWovenWidth;
   const int64_t tiles = (used + kWovenWidth - 1) / kWovenWidth, tile = pair_padded(dim) / 2 * kWovenWidth;
@@ -133,10 +134,10 @@ void add_woven(const Query& query, int64_t count, int dim, float factor, const u
   I32 lane;
   for (int i = 0; i < kLanes; ++i) lane[i] = i;
   const I32 all = lane < kLanes, visible = lane < static_cast<int32_t>(used - (tiles * kWovenWidth - kLanes));
-  const int64_t blocks = (count + kWovenRows - 1) / kWovenRows;
+  const int64_t count = queries.left, blocks = (count + kWovenRows - 1) / kWovenRows;
   const Power power;
   const BF16* next[kWovenRows];
-  for (int r = 0; r < kWovenRows; ++r) next[r] = query(r < count ? r : count - 1);
+  for (int r = 0; r < kWovenRows; ++r) next[r] = queries.take();
   for (int64_t block = 0; block < blocks + 2; ++block) {
     WovenRows &now = stage[block % 3], &then = stage[(block + 2) % 3], &past = stage[(block + 1) % 3];
     for (int r = 0; r < kWovenRows; ++r) then.total[r] = F32{};
@@ -144,10 +145,10 @@ void add_woven(const Query& query, int64_t count, int dim, float factor, const u
       const BF16* q[kWovenRows];
       F32 high[kWovenRows];
       for (int r = 0; r < kWovenRows; ++r) {
-        const int64_t i = (block + 1) * kWovenRows + r;
-        q[r] = next[r], next[r] = query(i < count ? i : count - 1), high[r] = splat(-kInf);
+        q[r] = next[r], next[r] = queries.take(), high[r] = splat(-kInf);
         for (int d = 0; d < dim; d += kPairRow) __builtin_prefetch(next[r] + d);
       }
+      ahead();
       for (int64_t t = 0; t < tiles; ++t)
         woven_tile(q, keys + t * tile, dim / 2, factor, t * kBlock, now, then, past, high,
                    t + 1 < tiles ? all : visible, weight + t * kWovenWidth);
