@@ -65,8 +65,23 @@ def compile_kernels(op: str, arch: int, kind: str, one_shape: bool = False) -> P
         return target
     OUT.mkdir(parents=True, exist_ok=True)
     part = target.with_suffix(f".part{os.getpid()}")
-    flags = ["-std=c++17", "-O3", "-lineinfo", f"-arch=sm_{arch}", f"-{kind}", *(["-DM3_ONE_SHAPE"] if one_shape else [])]
-    command = [str(find_nvcc.find()), *flags, f"-I{build.CSRC}", f"-I{build.CSRC}/include", str(source), "-o", str(part)]
+    flags = [
+        "-std=c++17",
+        "-O3",
+        "-lineinfo",
+        f"-arch=sm_{arch}",
+        f"-{kind}",
+        *(["-DM3_ONE_SHAPE"] if one_shape else []),
+    ]
+    command = [
+        str(find_nvcc.find()),
+        *flags,
+        f"-I{build.CSRC}",
+        f"-I{build.CSRC}/include",
+        str(source),
+        "-o",
+        str(part),
+    ]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"nvcc cannot compile {source.name} for sm_{arch}:\n{done.stderr}")

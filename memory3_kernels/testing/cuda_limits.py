@@ -1,0 +1,49 @@
+"""What the CUDA kernels may cost on every architecture, and which instructions they must be made of.
+
+Limits are decisions (how many blocks an SM should hold), not measurements: a kernel that outgrows one is changed,
+or the limit is, with its reason.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+REGISTER_FILE = 65536
+# Bytes of shared memory one block may use (CUDA C++ Programming Guide, compute capabilities).
+SHARED_LIMIT = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
+
+TENSOR_CORE, MATRIX_LOAD, ASYNC_COPY = "HMMA", "LDSM", r"LDGSTS.*\.128"
+# Local memory: registers that did not fit, or an array indexed at run time.
+LOCAL = "(LDL|STL)"
+# One element at a time where a whole row is meant.
+NARROW = r"(LDG|STG)\.E\.(U16|U8|S16|S8)"
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Of one kernel.
+
+    Attributes:
+        threads: of a block.
+        resident: blocks whose registers an SM must hold.
+        present: regular expressions, each matching some instruction (SASS) from its start.
+        absent: expressions that match none.
+    """
+
+    threads: int
+    resident: int
+    present: tuple[str, ...] = ()
+    absent: tuple[str, ...] = (LOCAL, NARROW)
+
+    @property
+    def registers(self) -> int:
+        """Per thread; hardware hands them out by eight."""
+        return min(255, REGISTER_FILE // (self.threads * self.resident) // 8 * 8)
+
+
+_MATRIX = (TENSOR_CORE, MATRIX_LOAD)
+
+LIMITS: dict[str, Limits] = {
+    "memory_decode_kernel": Limits(128, 3, (*_MATRIX, ASYNC_COPY)),
+    "merge_parts": Limits(128, 8, (r"LDG\.E\.128",)),
+}

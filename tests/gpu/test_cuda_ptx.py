@@ -1,0 +1,66 @@
+"""nvcc's PTX, run by the PTX interpreter against the references: no out-of-bounds access, no read of what nobody wrote,
+no race in shared memory, no use of an asynchronous copy under way; and the traffic.
+
+By default the samples with a head dimension of 80 in bfloat16; M3_PROOF=full: all.
+"""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import test_ops
+import torch
+from simt import build, cases, host, ptx
+
+from memory3_kernels._registry import OPS
+from memory3_kernels.ops import _attention_cases as samples
+from memory3_kernels.testing.compare import as_tuple
+from memory3_kernels.testing.cuda_limits import SHARED_LIMIT
+
+FULL = os.environ.get("M3_PROOF") == "full"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def loaded():
+    if ptx.missing():
+        pytest.skip(ptx.missing())
+    host.load(build.build())
+
+
+def grid():
+    for name in host.names():
+        for case in cases.cases(name, None if FULL else 80):
+            for dtype in (torch.bfloat16, torch.float16) if FULL else (torch.bfloat16,):
+                yield pytest.param(name, case, dtype, id=f"{name}-{case.id}-{str(dtype).removeprefix('torch.')}")
+
+
+@pytest.mark.parametrize("name, case, dtype", list(grid()))
+def test_matches_reference(name, case, dtype):
+    op = OPS[name]
+    args, kwargs = test_ops.make(case, dtype)
+    before = test_ops.clone(args)
+    with ptx.running(name, one_shape=not FULL) as run:
+        actual = as_tuple(host.call(name, *args, **kwargs))
+    test_ops.check(op, actual + tuple(args[i] for i in op.mutates), before, kwargs, op.tolerance[dtype])
+    for _, result in run.results:
+        assert not result.findings
+        assert result["shared_bytes"] <= min(SHARED_LIMIT.values())
+
+
+def moved(run) -> int:
+    """Bytes between the chip and its memory, were every byte moved once per launch."""
+    return sum(r["unique"]["read_bytes"] + r["unique"]["written_bytes"] for _, r in run.results)
+
+
+@pytest.mark.parametrize("batch, heads, dim, context", [(4, (40, 8), 80, 256), (1, (20, 4), 80, 1024)])
+def test_decode_traffic(batch, heads, dim, context):
+    """At most 1.15 times what has to be moved, in whole sectors."""
+    spec = samples.Spec(
+        heads=heads, dim=dim, sequences=((1, context),) * batch, refs=5, tokens=8, slots=5 * batch, spare=0
+    )
+    args, kwargs = samples.decode_sample(spec)(torch.bfloat16, torch.Generator().manual_seed(0))
+    with ptx.running("memory_decode", one_shape=not FULL) as run:
+        host.call("memory_decode", *args, **kwargs)
+    assert moved(run) <= 1.15 * OPS["memory_decode"].cost(*args, **kwargs).bytes
+    assert all(result["async_copy"]["efficiency"] >= 0.9 for _, result in run.results)
