@@ -237,20 +237,29 @@ print("same")
     assert done.stdout == "same\n", done.stderr
 
 
+def exported(library: Path) -> set[str]:
+    listed = subprocess.run(["nm", "-D", "--defined-only", library], check=True, capture_output=True, text=True)
+    return {line.split()[-1] for line in listed.stdout.splitlines()}
+
+
+def declared(headers) -> set[str]:
+    texts = (header.read_text() for header in headers)
+    return {name for text in texts for name in re.findall(r"M3_API [\w* ]+?\b(m3_\w+)\(", text)}
+
+
 def test_only_our_names_are_exported():
-    listed = subprocess.run(
-        ["nm", "-D", "--defined-only", _load.CPU_LIBRARY], check=True, capture_output=True, text=True
-    )
-    names = [line.split()[-1] for line in listed.stdout.splitlines()]
+    names = exported(_load.CPU_LIBRARY)
     assert "m3_select_tokens_cpu" in names
     assert [n for n in names if not n.startswith("m3_")] == []
 
 
 def test_every_declared_function_is_exported():
-    declared = set()
-    for header in INCLUDE.glob("m3/*.h"):
-        declared |= set(re.findall(r"M3_API [\w* ]+?\b(m3_\w+)\(", header.read_text()))
-    listed = subprocess.run(
-        ["nm", "-D", "--defined-only", _load.CPU_LIBRARY], check=True, capture_output=True, text=True
-    )
-    assert declared == {line.split()[-1] for line in listed.stdout.splitlines()}
+    headers = (h for h in INCLUDE.glob("m3/*.h") if h.name != "cuda.h")
+    assert declared(headers) == exported(_load.CPU_LIBRARY)
+
+
+def test_every_function_declared_for_cuda_is_exported():
+    library = _load.LIB_DIR / "libm3_cuda_cu13.so"
+    if not library.is_file():
+        pytest.skip("libm3_cuda is not built (M3_CUDA)")
+    assert declared([INCLUDE / "m3" / "cuda.h"]) == exported(library)
