@@ -58,13 +58,13 @@ struct DecodeBlock {
   }
 };
 
-// 16 rows of 16-byte pieces, spread over a warp: piece i of a lane is row `row`, column `column`.
+// 16 rows of 16-byte pieces, spread over a warp: the i-th of a lane is piece `piece` of row `row`.
 template <int D>
 struct Pieces {
   static constexpr int kPerLane = kTileTokens * D / 8 / 32;
   static_assert(kTileTokens * D / 8 % 32 == 0, "a warp copies whole rounds");
   M3_DEVICE static int row(int i) { return (lane_index() + 32 * i) / (D / 8); }
-  M3_DEVICE static int column(int i) { return (lane_index() + 32 * i) % (D / 8) * 8; }
+  M3_DEVICE static int piece(int i) { return (lane_index() + 32 * i) % (D / 8); }
 };
 
 // The cache's first index for a tile of the context, -1 for a page that does not exist. Pages are powers of two of at
@@ -89,11 +89,11 @@ M3_DEVICE void copy_context(const M3MemoryDecodeParams& p, const DecodeBlock& bl
                block.head * p.v_stride[2];
   M3_UNROLL
   for (int i = 0; i < Pieces<D>::kPerLane; ++i) {
-    const int r = Pieces<D>::row(i), c = Pieces<D>::column(i);
+    const int r = Pieces<D>::row(i), piece = Pieces<D>::piece(i), c = piece * 8;
     const bool here = r < present;
-    T* to = stage + r * kPitch<D> + c;
+    T* to = stage + tile_at<D>(r, piece);
     copy_async16(to, here ? k + r * p.k_stride[1] + c : k, here);
-    copy_async16(to + kTileTokens * kPitch<D>, here ? v + r * p.v_stride[1] + c : v, here);
+    copy_async16(to + kTileTokens * D, here ? v + r * p.v_stride[1] + c : v, here);
   }
 }
 
@@ -110,16 +110,16 @@ M3_DEVICE void copy_memory(const M3Records& memory, const DecodeBlock& block, in
   const T* v = static_cast<const T*>(memory.v);
   M3_UNROLL
   for (int i = 0; i < Pieces<D>::kPerLane; ++i) {
-    const int r = Pieces<D>::row(i), c = Pieces<D>::column(i);
+    const int r = Pieces<D>::row(i), piece = Pieces<D>::piece(i), c = piece * 8;
     const bool here = present >> r & 1;
     const int64_t k_row = shuffle(k_at, r), v_row = shuffle(v_at, r);
-    T* to = stage + r * kPitch<D> + c;
+    T* to = stage + tile_at<D>(r, piece);
     copy_async16(to, here ? k + k_row + c : k, here);
-    copy_async16(to + kTileTokens * kPitch<D>, here ? v + v_row + c : v, here);
+    copy_async16(to + kTileTokens * D, here ? v + v_row + c : v, here);
   }
 }
 
-// The block's query vectors to shared memory [16, kPitch<D>], by all threads; zeros where there is none.
+// The block's query vectors to shared memory, by all threads; zeros where there is none.
 template <class T, int D>
 M3_DEVICE void copy_queries(const M3MemoryDecodeParams& p, const DecodeBlock& block, T* rows) {
   for (int piece = thread_index(); piece < kTileRows * D / 8; piece += kDecodeThreads) {
@@ -128,7 +128,7 @@ M3_DEVICE void copy_queries(const M3MemoryDecodeParams& p, const DecodeBlock& bl
     const bool here = r < block.vectors;
     const T* from = static_cast<const T*>(p.q);
     if (here) from += block.row_of(vector) * p.q_stride[0] + block.head_of(vector) * p.q_stride[1] + c;
-    copy_async16(rows + r * kPitch<D> + c, from, here);
+    copy_async16(rows + tile_at<D>(r, piece % (D / 8)), from, here);
   }
 }
 

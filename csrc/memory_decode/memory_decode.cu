@@ -13,10 +13,10 @@
 namespace m3::gpu {
 
 template <int D>
-constexpr int kStageElements = 2 * kTileTokens * kPitch<D>;  // keys and values
+constexpr int kStageElements = 2 * kTileTokens * D;  // keys and values
 
 template <int D>
-constexpr int kDecodeShared = (kTileRows * kPitch<D> + kDecodeWarps * kDecodeStages * kStageElements<D>) * 2;
+constexpr int kDecodeShared = (kTileRows * D + kDecodeWarps * kDecodeStages * kStageElements<D>) * 2;
 
 template <class T, int D>
 M3_KERNEL void M3_THREADS(kDecodeThreads, kDecodeResident)
@@ -30,7 +30,7 @@ M3_KERNEL void M3_THREADS(kDecodeThreads, kDecodeResident)
   const int from = record_head(p.memory, block.head);
 
   T* queries = reinterpret_cast<T*>(shared_memory());
-  T* stages = queries + kTileRows * kPitch<D> + warp_index() * kDecodeStages * kStageElements<D>;
+  T* stages = queries + kTileRows * D + warp_index() * kDecodeStages * kStageElements<D>;
   const auto copy = [&](int i, int stage) {
     const int tile = warp_index() + i * kDecodeWarps;
     if (tile < memory_tiles)
@@ -62,7 +62,7 @@ M3_KERNEL void M3_THREADS(kDecodeThreads, kDecodeResident)
       bias_memory(p, block, from, tile, scale, work.score, s);
     else
       mask_context(p, block, block.first_tile + tile - memory_tiles, scale, s);
-    softmax.absorb(s, keys + kTileTokens * kPitch<D>);
+    softmax.absorb(s, keys + kTileTokens * D);
     sync_warp();
   }
   softmax.finish();

@@ -14,10 +14,15 @@ constexpr float kLog2e = 1.4426950408889634f;
 constexpr float kLn2 = 0.6931471805599453f;
 constexpr float kMinusInfinity = -__builtin_huge_valf();
 
-// Elements from one row in shared memory to the next: 16 bytes more than the row, so that the eight rows ldmatrix
-// reads together lie in different banks.
+// Rows of D elements in shared memory, without gaps: where piece `piece` (8 elements, 16 bytes) of row `row` lies, in
+// elements. Pieces are exchanged inside of a row so that the eight rows ldmatrix reads together lie in different banks,
+// while eight pieces written one after the other still fill one line of all banks.
 template <int D>
-constexpr int kPitch = D + 8;
+M3_DEVICE int tile_at(int row, int piece) {
+  static_assert(D % 64 == 0 || D == 80, "no exchange of pieces is known for this dimension");
+  const int moved = D % 64 == 0 ? piece ^ (row & 7) : piece ^ (row >> 2 & 1);
+  return row * D + moved * 8;
+}
 
 // The scores of 16 tokens: [n][i] is row lane / 4 + i / 2 * 8, token 8 n + 2 (lane % 4) + i % 2.
 typedef float TileScores[2][4];
@@ -29,20 +34,20 @@ template <class T, int D>
 struct QueryFragments {
   uint32_t a[D / 16][4];
 
-  // From [16, kPitch<D>] in shared memory.
+  // From 16 rows in shared memory (tile_at).
   M3_DEVICE void load(const T* rows) {
     M3_UNROLL
     for (int k = 0; k < D / 16; ++k)
-      load_matrices(a[k], rows + lane_index() % 16 * kPitch<D> + k * 16 + lane_index() / 16 * 8);
+      load_matrices(a[k], rows + tile_at<D>(lane_index() % 16, 2 * k + lane_index() / 16));
   }
 
-  // s = q keys^T; keys [16, kPitch<D>] in shared memory.
+  // s += q keys^T, keys 16 rows in shared memory.
   M3_DEVICE void scores(const T* keys, TileScores& s) const {
-    const T* at = keys + (lane_index() % 8 + lane_index() / 16 * 8) * kPitch<D> + lane_index() / 8 % 2 * 8;
+    const int token = lane_index() % 8 + lane_index() / 16 * 8;
     M3_UNROLL
     for (int k = 0; k < D / 16; ++k) {
       uint32_t b[4];
-      load_matrices(b, at + k * 16);
+      load_matrices(b, keys + tile_at<D>(token, 2 * k + lane_index() / 8 % 2));
       mma<T>(s[0], a[k], b[0], b[1]);
       mma<T>(s[1], a[k], b[2], b[3]);
     }
@@ -55,7 +60,7 @@ struct SoftmaxTile {
   float highest[2] = {kMinusInfinity, kMinusInfinity};     // of rows lane / 4 and lane / 4 + 8
   float sum[2] = {0.0f, 0.0f};                             // of this lane's columns, relative to `highest`
 
-  // Takes 16 tokens: their scores (-inf: not seen) and values [16, kPitch<D>], absent ones zero.
+  // Takes 16 tokens: their scores (-inf: not seen) and values, 16 rows, absent ones zero.
   M3_DEVICE void absorb(TileScores& s, const T* values) {
     M3_UNROLL
     for (int h = 0; h < 2; ++h) {
@@ -82,11 +87,10 @@ struct SoftmaxTile {
     // Scores lie as the left operand of the next product wants its elements.
     const uint32_t weights[4] = {pack<T>(s[0][0], s[0][1]), pack<T>(s[0][2], s[0][3]), pack<T>(s[1][0], s[1][1]),
                                  pack<T>(s[1][2], s[1][3])};
-    const T* at = values + lane_index() % 16 * kPitch<D> + lane_index() / 16 * 8;
     M3_UNROLL
     for (int n = 0; n < D / 16; ++n) {
       uint32_t b[4];
-      load_matrices_transposed(b, at + n * 16);
+      load_matrices_transposed(b, values + tile_at<D>(lane_index() % 16, 2 * n + lane_index() / 16));
       mma<T>(out[2 * n], weights, b[0], b[1]);
       mma<T>(out[2 * n + 1], weights, b[2], b[3]);
     }
