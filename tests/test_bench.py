@@ -21,6 +21,7 @@ from bench.peers.llama import LlamaCpp
 from bench.timing import Summary, interleave, quantile, ratios
 from memory3_kernels import _load
 from memory3_kernels._registry import OPS, Cost
+from memory3_kernels.testing.compare import as_tuple
 
 
 @given(st.lists(st.floats(-1e6, 1e6), min_size=2, max_size=30))
@@ -202,14 +203,12 @@ def test_every_op_is_benchmarked_and_every_peer_serves_a_case():
 
 @pytest.mark.parametrize("name", [name for name, peers in PEERS.items() for _ in peers[:1]])
 def test_peers_agree_with_their_op(name):
-    """The smallest benchmark case of the op: at least one peer takes it, and all that do are right."""
+    """The smallest benchmark case of the op that a peer takes: all that take it are right."""
     op = OPS[name]
     dtype = torch.bfloat16 if torch.bfloat16 in op.dtypes else op.dtypes[0]
     made = [measure.operands(case, dtype) for case in op.cases() if case.bench and "D128" not in case.id]
-    args, kwargs = min(made, key=lambda one: op.cost(*one[0], **one[1]).bytes)
-    expected = op(*args, **kwargs)
-    expected = expected[0] if isinstance(expected, tuple) else expected
-    assert measure.peers_of(op, [(args, kwargs)], expected)
+    made.sort(key=lambda one: op.cost(*one[0], **one[1]).bytes)
+    assert any(measure.peers_of(op, [one], as_tuple(op(*one[0], **one[1]))) for one in made)
 
 
 def test_run_smoke_writes_a_document(tmp_path, capsys):

@@ -11,11 +11,13 @@ from collections.abc import Callable
 from .attention import sdpa_concatenated, sdpa_explicit_mask, two_partial_attentions
 from .codec import faiss_bare_sa_decode, faiss_sa_decode
 from .peer import Peer
+from .select import matmul_softmax_topk
 
 PEERS: dict[str, tuple[Callable[..., Peer], ...]] = {
     "gather_dequantize": (faiss_sa_decode, faiss_bare_sa_decode),
     "memory_attention": (sdpa_explicit_mask, two_partial_attentions),
     "memory_decode": (sdpa_concatenated,),
+    "select_tokens": (matmul_softmax_topk,),
     "vq_dequantize": (faiss_sa_decode, faiss_bare_sa_decode),
 }
 

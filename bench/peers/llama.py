@@ -25,7 +25,8 @@ class LlamaCpp:
     def __init__(self, python: str | Path, model: str | Path, threads: int, context: int = 1024) -> None:
         environment = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "GOMP_"))}
         self._process = subprocess.Popen(
-            [str(python), str(LOOP), str(model), str(threads), str(context)],
+            # -I: modules of this folder (select.py) must not hide the standard library's
+            [str(python), "-I", str(LOOP), str(model), str(threads), str(context)],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment,
         )  # fmt: skip
         self.about = self._read()
