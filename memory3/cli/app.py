@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from . import bank, calibrate, chat, demo, doctor, generate, inspect, search, theory, train, write
+from . import bank, calibrate, chat, demo, doctor, eval, generate, inspect, search, theory, train, write
 
 
 def version(wanted: bool) -> None:
@@ -33,6 +33,6 @@ def top(
     """Explicit memory for language models: write references once, retrieve and read them while generating."""
 
 
-for command in (write, search, generate, chat, inspect, calibrate, train, theory, doctor, demo):
+for command in (write, search, generate, chat, inspect, calibrate, train, eval, theory, doctor, demo):
     app.command(name=command.__name__.rpartition(".")[2], epilog=command.EXAMPLES)(command.run)
 app.add_typer(bank.app, name="bank")

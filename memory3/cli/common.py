@@ -64,7 +64,7 @@ def load(model: str, quiet: bool = False, identity=None, weights: str = "auto", 
     """
     from dataclasses import replace
 
-    from .. import MemoryModel, load_model
+    from .. import load_model
 
     with nullcontext() if quiet or not err.is_terminal else err.status(f"loading {model}"):
         loaded = load_model(model, weights=weights)
@@ -72,7 +72,7 @@ def load(model: str, quiet: bool = False, identity=None, weights: str = "auto", 
     memory = replace(memory, **{name: value for name, value in overrides.items() if value is not None})
     if memory == loaded.memory:
         return loaded
-    return MemoryModel(loaded.net.with_memory(memory), loaded.tokenizer, loaded.model_hash)
+    return loaded.with_memory(memory)
 
 
 def layer_list(text: str | None) -> tuple[int, ...] | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import random
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
@@ -44,6 +45,9 @@ def run(
         list[Path] | None,
         typer.Option(help="Evaluation texts (.jsonl, .txt, .gz): what shares 13 words in a row is not trained on."),
     ] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Draw at most this many entries of each --reference (by seed).")
+    ] = None,
     change: Annotated[
         list[str] | None,
         typer.Option("--set", help="Change a field: lr=1e-4, write=live, memory.tokens=16, lora.rank=8"),
@@ -69,7 +73,7 @@ def run(
         settings,
         folder,
         texts=() if stage == "sft" else entries(sources),
-        references=() if bank is not None or stage == "warmup" else entries(reference or sources),
+        references=() if bank is not None or stage == "warmup" else drawn(reference or sources, limit, settings.seed),
         bank=bank,
         exclude=evaluation_texts(exclude or []),
         tensorboard=tensorboard,
@@ -104,6 +108,15 @@ def with_changes(config, changes: list[str], start: Path | None):
         model = start / "model"
         raw.update(model=str(model if model.is_dir() else start), shape=None)
     return TrainConfig.from_json(json.dumps(raw))
+
+
+def drawn(sources: list[str], limit: int | None, seed: int) -> Iterator:
+    """The entries of each source, or `limit` of them drawn by seed."""
+    for source in sources:
+        found = list(entries([source]))
+        if limit is not None and limit < len(found):
+            random.Random(f"{seed} {source}").shuffle(found)
+        yield from found[:limit]
 
 
 def evaluation_texts(paths: list[Path]) -> Iterator[str]:

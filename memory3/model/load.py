@@ -19,6 +19,7 @@ from ..identity import Identity
 from ..memory import Memory, MemoryRead, stack_memories
 from ..sampling import Sampling, sample
 from ..write import write_memories
+from .adapted import Adapted, adapter_folder
 from .cache import ContextFull, KVCache, Prefix
 from .gguf import GGUFCheckpoint
 from .hf import HFCheckpoint
@@ -177,6 +178,7 @@ def load_model(
     memory: MemoryConfig | None = None,
     device: torch.device | str = "cpu",
     weights: str = "auto",
+    adapter: str | Path | None = None,
 ) -> MemoryModel:
     """Load a preset ("smollm2-135m"), a .gguf file or a folder of Hugging Face safetensors (Llama architecture).
 
@@ -188,27 +190,44 @@ def load_model(
       All but "dense" are for inference, and round activations to bfloat16.
     memory: layers, heads, K and opening tokens of explicit memory; default is the preset's, or a trained folder's, else
       `default_memory`.
+    adapter: folder of a LoRA adapter that `memory3 train` wrote, or "shipped" for the preset's own. Its memory
+      configuration replaces the preset's. Adapted maps that would stay a GGUF's blocks become q8_0.
     Raises FileNotFoundError or ValueError saying what is missing or not supported.
     """
     checkpoint, preset = open_checkpoint(source)
     tokenizer = checkpoint.tokenizer()
+    given = memory is not None
     memory = memory or preset or default_memory(checkpoint.config, tokenizer)
+    form = choose_weights(weights, checkpoint, dtype, device)
+    if adapter is None:
+        return MemoryModel(_net(checkpoint, memory, dtype, device, form), tokenizer, checkpoint.hash())
+    adapted = Adapted(checkpoint, adapter_folder(adapter, source))
+    memory = memory if given else adapted.memory(memory)
+    net = _net(adapted, memory, dtype, device, "q8_0" if form == "checkpoint" else form)
+    writer = None if adapted.writes else _net(checkpoint, memory, dtype, device, form)
+    return MemoryModel(net, tokenizer, adapted.hash(), writer)
+
+
+def _net(checkpoint: Checkpoint, memory: MemoryConfig, dtype, device, form: str) -> Llama:
     with torch.device("meta"):
         net = Llama(checkpoint.config, memory)
-    fill(net, checkpoint, dtype, device, choose_weights(weights, checkpoint, dtype, device))
-    return MemoryModel(net.eval(), tokenizer, checkpoint.hash())
+    fill(net, checkpoint, dtype, device, form)
+    return net.eval()
 
 
 class MemoryModel:
     """A decoder with its tokenizer: writes references into memories, and generates with memories given by hand.
 
-    config, memory: its shapes; net: the Llama module; tokenizer; model_hash: of the checkpoint's content.
+    config, memory: its shapes; net: the Llama module; tokenizer; model_hash: of the checkpoint that writes memories.
+    writer: the weights that write them where those are not `net` (an adapter that only reads), with the same memory.
     """
 
-    def __init__(self, net: Llama, tokenizer: Tokenizer, model_hash: str) -> None:
+    def __init__(self, net: Llama, tokenizer: Tokenizer, model_hash: str, writer: Llama | None = None) -> None:
         if net.memory is None:
             raise ValueError("net must have a memory configuration; build it with Llama(config, memory)")
-        self.net = net
+        if writer is not None and writer.memory != net.memory:
+            raise ValueError("writer must have the memory configuration of net")
+        self.net, self.writer = net, writer
         self.tokenizer = tokenizer
         self.model_hash = model_hash
 
@@ -251,6 +270,16 @@ class MemoryModel:
         """Key-values of the constant prefix, encoded once."""
         with torch.inference_mode(False), torch.no_grad():  # also good for training, which refuses inference tensors
             return self.net.encode_prefix(self.memory.prefix_ids, self.memory.span)
+
+    @cached_property
+    def _writing_prefix(self) -> Prefix:
+        with torch.inference_mode(False), torch.no_grad():
+            return self.writer.encode_prefix(self.memory.prefix_ids, self.memory.span)
+
+    def with_memory(self, memory: MemoryConfig) -> MemoryModel:
+        """The same weights (shared) with another memory configuration."""
+        writer = None if self.writer is None else self.writer.with_memory(memory)
+        return MemoryModel(self.net.with_memory(memory), self.tokenizer, self.model_hash, writer)
 
     def new_cache(self, batch: int, capacity: int, memory: bool = True, overflow: str = "error") -> KVCache:
         """An empty cache of `capacity` rows per sequence; memory mode counts the prefix's m rows in.
@@ -296,7 +325,8 @@ class MemoryModel:
         progress: Callable[[int, int], None] | None = None,
     ) -> list[Memory]:
         """Encode token lists (without the prefix) as memories, in order; progress(done, total) after each batch."""
-        return write_memories(self.net, self.memory, self.prefix, references, texts, progress)
+        net, prefix = (self.net, self.prefix) if self.writer is None else (self.writer, self._writing_prefix)
+        return write_memories(net, self.memory, prefix, references, texts, progress)
 
     def read(self, memories: Sequence[Memory], batch: int = 1, collect_mass: bool = False) -> MemoryRead:
         """A MemoryRead in which every one of `batch` sequences reads all `memories`, for decode.

@@ -1,0 +1,176 @@
+"""memory3 eval"""
+
+from __future__ import annotations
+
+import json
+import time
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from .common import DEFAULT_MODEL, ModelOption, ThreadsOption, err, out, set_threads
+
+EXAMPLES = """
+[bold]Examples[/bold]\n
+memory3 eval --quick --json quick.json\n
+memory3 eval --json full.json --out runs/eval --closed-book runs/none/adapter --text-reader runs/text/adapter\n
+memory3 eval --adapter none --json original.json --questions 200 --others 50\n
+memory3 eval --ablate --questions 100 --others 0 --json ablations.json\n
+Stopped or killed? Run the same command again: answers that are there are kept.
+"""
+
+
+def run(
+    json_file: Annotated[Path, typer.Option("--json", help="Where the results go; a .png is drawn beside it.")] = Path(
+        "eval.json"
+    ),
+    folder: Annotated[Path, typer.Option("--out", help="Answers and vectors, kept for the next call.")] = Path(".eval"),
+    quick: Annotated[bool, typer.Option("--quick", help="40 questions of SQuAD and SciQ, 16 of the others.")] = False,
+    questions: Annotated[
+        int, typer.Option(min=0, help="Questions of SQuAD and of SciQ (there are 1,000 and 887).")
+    ] = 1000,
+    others: Annotated[int, typer.Option(min=0, help="Questions of each other set.")] = 250,
+    controls: Annotated[
+        int, typer.Option(min=0, help="Questions per set of RAG, VQ, full KV and the controls; 0: all of them.")
+    ] = 250,
+    spoken: Annotated[int, typer.Option(min=0, help="Questions per set that are also answered in words.")] = 100,
+    sets: Annotated[list[str] | None, typer.Option("--set", help="Only these sets (repeatable).")] = None,
+    arms: Annotated[list[str] | None, typer.Option("--arm", help="Only arms whose name holds this text.")] = None,
+    adapter: Annotated[str, typer.Option(help="shipped, the folder of an adapter, or none.")] = "shipped",
+    closed_book: Annotated[
+        Path | None, typer.Option(help="Adapter trained equally long with nothing to read (read=none).")
+    ] = None,
+    text_reader: Annotated[
+        Path | None, typer.Option(help="Adapter trained equally long to read text (read=text).")
+    ] = None,
+    ablate: Annotated[
+        bool, typer.Option("--ablate", help="Tables that need no training instead: tokens, layers, rules, codecs.")
+    ] = False,
+    seed: Annotated[int, typer.Option(help="Draws the questions.")] = 0,
+    model: ModelOption = DEFAULT_MODEL,
+    threads: ThreadsOption = 0,
+) -> None:
+    """Ask questions with no memory, with memories, and with text, and compare."""
+    from ..embed import Embedder
+    from ..eval.arms import ablations, main_arms
+    from ..eval.load import about, books, load_readers
+    from ..eval.run import Evaluation, Plan
+    from ..eval.sets import BENCHMARKS, SETS
+
+    set_threads(threads)
+    if quick:
+        questions, others, controls, spoken = 40, 16, 0, 16
+    chosen = sets or list(SETS)
+    counts = {s: (questions if s in BENCHMARKS else others) for s in chosen}
+    counts = {s: n for s, n in counts.items() if n}
+    began = time.monotonic()
+    readers, tokenizer = load_readers(model, adapter, closed_book=closed_book, text_reader=text_reader)
+    net = readers["original"].net
+    evaluation = Evaluation(
+        readers, tokenizer, Embedder(), Plan(counts, spoken if not ablate else 0, seed), folder,
+        codecs=books(model, adapter), about=about(model, readers, adapter, closed_book, text_reader),
+        notify=lambda what: err.print(f"[dim]{what}[/dim]"),
+    )  # fmt: skip
+    if ablate:
+        who = "adapted" if "adapted" in readers else "original"
+        groups = ablations(net.config.n_layers, net.memory.tokens, who)
+        groups = {name: part for name, part in groups.items() if not arms or any(a in name for a in arms)}
+        baseline = main_arms(net.config.n_layers, net.memory.span, (who,))[:2]
+        groups = {"without, and as it is": baseline, **groups}
+    else:
+        every = main_arms(net.config.n_layers, net.memory.span, tuple(readers), controls)
+        groups = {"": [a for a in every if not arms or any(part in a.name for part in arms)]}
+    report: dict[str, Any] = {"settings": json.loads((folder / "settings.json").read_text()), "tables": {}}
+    for name, part in groups.items():
+        part = [_named(name, a) for a in part]
+        with _bar(name or "asking", evaluation.todo(part)) as tick:
+            results = evaluation.run(part, tick)
+        report["tables"][name] = _summary(results)
+        _show(name, report["tables"][name]["rows"])
+    report["seconds"] = round(time.monotonic() - began, 1)
+    json_file.parent.mkdir(parents=True, exist_ok=True)
+    json_file.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    _draw(report, json_file.with_suffix(".png"))
+
+
+def _named(group: str, arm):
+    """Arms of an ablation carry its name, so that answers on disk do not collide."""
+    from dataclasses import replace
+
+    return replace(arm, name=f"{group}: {arm.name}") if group else arm
+
+
+def _summary(results: list[dict[str, Any]]) -> dict[str, Any]:
+    from ..eval import report
+
+    arms = {r["arm"] for r in results}
+    found: dict[str, Any] = {"rows": report.table(results)}
+
+    def first(*names: str) -> str | None:
+        return next((n for n in names if n in arms), None)
+
+    memory = first("adapted: memory", "original: memory")
+    closed = first("trained closed book", "adapted: no memory", "original: no memory")
+    text = first("trained reader: RAG 5", "adapted: RAG 5", "original: RAG 5")
+    if memory and closed and text:
+        against = {"memory": memory, "closed": closed, "text": text}
+        found["gap closed"] = {**against, "rows": report.gap_closed(results, memory, closed, text)}
+    for who in ("adapted", "original"):
+        pairs = {
+            "VQ against bf16": (f"{who}: memory, VQ", f"{who}: memory"),
+            "random memories against none": (f"{who}: random memories", f"{who}: no memory"),
+        }
+        for name, (one, other) in pairs.items():
+            if {one, other} <= arms:
+                found[f"{who}, {name}"] = {"rows": report.difference(results, one, other)}
+    return found
+
+
+def _show(title: str, rows: list[dict[str, Any]]) -> None:
+    from rich.table import Table
+
+    sets = list(dict.fromkeys(r["set"] for r in rows))
+    table = Table("", *sets, title=title or "nats per answer token ± half of the 95 % interval; F1", title_style="bold")
+    for arm in dict.fromkeys(r["arm"] for r in rows):
+        by = {r["set"]: r for r in rows if r["arm"] == arm}
+        cells = []
+        for s in sets:
+            if s not in by:
+                cells.append("")
+                continue
+            low, high = by[s]["nll_interval"]
+            told = "" if by[s]["f1"] is None else f"  F1 {by[s]['f1']:.2f}"
+            cells.append(f"{by[s]['nll']:.2f} ±{(high - low) / 2:.2f}{told} [dim]n={by[s]['n']}[/dim]")
+        table.add_row(arm.removeprefix(f"{title}: "), *cells)
+    out.print(table)
+
+
+def _draw(report: dict[str, Any], file: Path) -> None:
+    from ..eval.report import draw
+
+    rows = [row for part in report["tables"].values() for row in part["rows"]]
+    if not rows:
+        return
+    try:
+        draw(rows, file, "SmolLM2-135M: loss of the right answer")
+    except ImportError as error:
+        err.print(f"[dim]no picture: {error}[/dim]")
+
+
+@contextmanager
+def _bar(what: str, total: int):
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()]
+    with Progress(*columns, TimeRemainingColumn(), console=err) as bar:
+        task = bar.add_task(what, total=total)
+        yield lambda done: bar.advance(task, done)

@@ -1,0 +1,103 @@
+"""Ways to answer: what is read, by which weights, and what is done to the memories before."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+CHOICES = ("found", "random", "gold removed")
+CODEC = "OPQ8_64,Residual2x8,PQ8x8"
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One column of the results.
+
+    reader   which weights read: "original", "adapted", or the name of a rival
+    read     "none", "memory" or "text"; refs: references read at most
+    choose   "found": what the retriever finds; "random": anything else; "gold removed": without the passage that holds
+             the answer. noise: share of the references found that random ones replace
+    memory   fields of MemoryConfig in place of the model's own: layers, tokens, rule
+    codec    memories are encoded and decoded with this vector quantizer
+    refit    "bias", "value" or "both": memories are refitted after the selection (memory3.eval.refit)
+    limit    at most this many questions of each set, 0 for all: for controls that cost much or decide little
+    """
+
+    name: str
+    reader: str = "original"
+    read: str = "none"
+    refs: int = 5
+    choose: str = "found"
+    noise: float = 0.0
+    memory: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    codec: str | None = None
+    refit: str = ""
+    limit: int = 0
+
+    def __post_init__(self) -> None:
+        for name, allowed in {
+            "read": ("none", "memory", "text"), "choose": CHOICES, "refit": ("", "bias", "value", "both")
+        }.items():  # fmt: skip
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"arm {self.name!r}, {name}: expected one of {allowed}, got {getattr(self, name)!r}")
+        if self.refs < 0 or not 0 <= self.noise <= 1:
+            raise ValueError(f"arm {self.name!r}: expected refs >= 0 and noise 0..1, got {self.refs} and {self.noise}")
+
+
+def main_arms(n_layers: int, span: int, readers: tuple[str, ...], controls: int = 0) -> list[Arm]:
+    """The main table for the weights there are: "original", and if given "adapted", "closed book", "reader of text"."""
+    arms: list[Arm] = []
+    every = {"layers": tuple(range(n_layers)), "tokens": span, "rule": "causal"}
+    for who in (r for r in readers if r in ("original", "adapted")):
+        arms += [
+            Arm(f"{who}: no memory", who),
+            Arm(f"{who}: memory", who, "memory"),
+            Arm(f"{who}: memory, VQ", who, "memory", codec=CODEC, limit=controls),
+            Arm(f"{who}: RAG 5", who, "text", limit=controls),
+            Arm(f"{who}: RAG 1", who, "text", refs=1, limit=controls),
+            Arm(f"{who}: full KV", who, "memory", memory=every, limit=controls),
+            Arm(f"{who}: random memories", who, "memory", choose="random", limit=controls),
+            Arm(f"{who}: gold removed", who, "memory", choose="gold removed", limit=controls),
+        ]
+    if "closed book" in readers:
+        arms.append(Arm("trained closed book", "closed book"))
+    if "reader of text" in readers:
+        arms.append(Arm("trained reader: RAG 5", "reader of text", "text", limit=controls))
+    return arms
+
+
+def ablations(n_layers: int, tokens: int, reader: str = "original") -> dict[str, list[Arm]]:
+    """Tables of arms that need no training, each around the model as it is (`tokens` per head in all layers)."""
+    every = tuple(range(n_layers))
+    half, quarter = n_layers // 2, n_layers // 4
+    bands = {
+        "first half": range(half), "middle": range(quarter, n_layers - quarter), "last half": range(half, n_layers),
+        "every other": range(0, n_layers, 2), "all": range(n_layers),
+    }  # fmt: skip
+
+    def arm(name: str, **options: Any) -> Arm:
+        return Arm(name, reader, "memory", **options)
+
+    return {
+        "tokens per head, all layers": [arm(f"K={k}", memory={"tokens": k, "layers": every}) for k in (4, 8, 16, 32)],
+        "layer band, 32 tokens per head": [arm(n, memory={"layers": tuple(band)}) for n, band in bands.items()],
+        "memories read": [arm(f"{r} found", refs=r) for r in (1, 2, 3, 5, 8)],
+        "share of memories replaced by random ones": [arm(f"{p:.0%}", noise=p) for p in (0.2, 0.4, 0.6, 0.8)],
+        "selection rule, 8 tokens per head": [
+            arm(rule, memory={"rule": rule, "tokens": 8}) for rule in ("causal", "received", "exp")
+        ],
+        "vector quantisation": [
+            arm(f"{spec} ({_bits(spec)} bits)", codec=spec)
+            for spec in ("Residual2x4,PQ4x8", "OPQ8_64,Residual2x6,PQ8x6", CODEC, "OPQ16_64,Residual2x8,PQ16x8")
+        ],
+        "refit after selection, 8 tokens per head": [
+            arm(refit or "none", refit=refit, memory={"tokens": 8}) for refit in ("", "bias", "value", "both")
+        ],
+    }
+
+
+def _bits(spec: str) -> int:
+    from ..bank.codec import Spec
+
+    return Spec.parse(spec, 64).code_bytes * 8
