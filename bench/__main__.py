@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 import sys
 
-from . import engine, loop, run
+from . import decode, engine, loop, run
 
-COMMANDS = {"run": run, "loop": loop, "engine": engine}
+COMMANDS = {"run": run, "loop": loop, "engine": engine, "decode": decode}
 
 
 def parser() -> argparse.ArgumentParser:

@@ -37,6 +37,10 @@ class LlamaCpp:
         self._process.stdin.flush()
         return self._read()
 
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
     def _read(self) -> dict[str, Any]:
         line = self._process.stdout.readline()
         if not line:
