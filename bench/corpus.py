@@ -40,10 +40,11 @@ def prompts(model: MemoryModel, count: int, tokens: int, after: int) -> list[lis
     return found
 
 
-def open_bank(folder: Path, model: MemoryModel, embedder, references: int, progress=None) -> Bank:
+def open_bank(folder: Path, model: MemoryModel, embedder, references: int, progress=None, cold: bool = False) -> Bank:
     """A bank of so many references of `span` tokens, written at first use; goes on where a stopped writing ended.
 
-    progress(done, total) after each batch. Returns it open for reading.
+    cold: only texts and embeddings now, each memory when it is first retrieved. progress(done, total) after each batch.
+    Returns it open for reading, a cold one for writing.
     """
     identity = model.identity(embedder=embedder.name)
     there = (folder / "data.mdb").is_file()
@@ -55,11 +56,14 @@ def open_bank(folder: Path, model: MemoryModel, embedder, references: int, progr
             new = [ids for ids in part if not bank.has(bank.record_id(ids))]
             if new:
                 texts = [model.tokenizer.decode(ids) for ids in new]
-                bank.add(model.write_ids(new, texts), embedder.encode(texts))
+                if cold:
+                    bank.add_cold(texts, new, embedder.encode(texts))
+                else:
+                    bank.add(model.write_ids(new, texts), embedder.encode(texts))
             done += len(part)
             if progress is not None:
                 progress(done, references)
             if not part:
                 raise ValueError(f"references: the corpus has {done} pieces of {model.memory.span} tokens")
         bank.build_index()
-    return Bank.open(folder, identity)
+    return Bank.open(folder, identity, write=cold)

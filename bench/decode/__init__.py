@@ -111,13 +111,15 @@ class Ground:
 
     @property
     def banks(self) -> arms.Banks:
-        """The references dense, coded and with full key-values; a bank that is missing is made."""
+        """The references dense, coded and with full key-values; a bank that is missing is made, without memories."""
         if self._banks is None:
             args, model = self.args, self.model(self.args.weights[0])
             folder = args.bank or corpus.default_folder(args.references, model)
             source = self._open.enter_context(
                 banks.opened(folder, args.references)
-                or corpus.open_bank(folder, model, self.embedder, args.references, _progress)
+                or corpus.open_bank(
+                    folder.with_name(f"{folder.name}-cold"), model, self.embedder, args.references, _progress, cold=True
+                )
             )
 
             def sibling(name: str, model=model, codec=None):
@@ -134,7 +136,7 @@ class Ground:
     def prompts(self, batch: int, number: int) -> list[list[int]]:
         """Questions of a round; kept beside the bank, since finding them means reading the whole corpus."""
         args = self.args
-        folder = self.banks.dense.path
+        folder = args.bank or corpus.default_folder(args.references, self.model(args.weights[0]))
         file = folder.with_name(f"{folder.name}-prompts-{args.tokens}-{args.runs * max(args.batch)}.json")
         if not file.is_file():
             model = self.model(args.weights[0])
