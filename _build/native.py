@@ -1,4 +1,4 @@
-"""Compiles the native parts with ninja: the torch-free core, its torch binding and its numpy module.
+"""Compiles the native parts with ninja: the torch-free libraries, their torch bindings and the numpy module.
 
     python _build/native.py            build in place (what `pip install -e .` and `make build` do)
     python _build/native.py --commands print the compiler lines and stop
@@ -7,24 +7,33 @@ Products, all inside `memory3_kernels/lib/` but the last:
     libm3_cpu.so     csrc/common and csrc/<op>: no torch; `*.simd.cpp` once per SIMD level
     libm3_torch.so   csrc/torch: LibTorch stable ABI (floor 2.13), loads under any later torch
     _numpy.*.so      csrc/numpy: pybind11, one per Python version (beside the package's modules)
+and where nvcc is found (_build/cuda_build.py has the variables):
+    libm3_cuda_cu13.so    csrc/**/*.cu: nvcc alone, the CUDA runtime inside, no torch; named after CUDA's major version
+    libm3_torch_cuda.so   csrc/torch/cuda: g++ alone, stable ABI; loads without a GPU or a driver, under any torch
+
+Objects lie in build/native whoever asks (pip, make, a wheel), so nothing is compiled twice.
 """
 
 from __future__ import annotations
 
 import argparse
+import fcntl
 import os
 import platform
 import shutil
 import subprocess
 import sys
 import sysconfig
+from contextlib import contextmanager
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
+import cuda_build
 import find_torch
 
 ROOT = Path(__file__).resolve().parent.parent
 CSRC = ROOT / "csrc"
+WORK = ROOT / "build" / "native"
 VERSION = (ROOT / "VERSION").read_text().strip()
 TORCH_FLOOR = "0x020d000000000000"  # 2.13: what the binding may use, whatever torch it is built against
 
@@ -47,47 +56,58 @@ def jobs() -> int:
     return max(1, min(os.cpu_count() or 1, int(free * 0.6) >> 30))
 
 
+@contextmanager
+def alone(folder: Path):
+    """One build at a time in a folder: ninja itself does not mind another one."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
 class Ninja:
     """Collects the edges of a build.ninja."""
 
     def __init__(self, out: Path, cxx: str):
-        self.out, self.lines = (
-            out,
-            [
-                "ninja_required_version = 1.5",
-                f"rule cc\n  command = {cxx} -MMD -MF $out.d $flags -c $in -o $out\n  description = compile $out\n  depfile = $out.d\n  deps = gcc",
-                f"rule link\n  command = {cxx} -shared $in $flags -o $out\n  description = link $out",
-            ],
-        )
+        self.out = out
+        self.lines = ["ninja_required_version = 1.5"]
         self.products: list[Path] = []
+        self.rule("cc", f"{cxx} -MMD -MF $out.d $flags -c $in -o $out", "compile $out", depfile=True)
+        self.rule("link", f"{cxx} -shared $in $flags -o $out", "link $out")
 
-    def compile(self, source: Path, flags: list[str], tag: str = "") -> str:
+    def rule(self, name: str, command: str, description: str, depfile: bool = False) -> None:
+        self.lines.append(f"rule {name}\n  command = {command}\n  description = {description}")
+        if depfile:
+            self.lines[-1] += "\n  depfile = $out.d\n  deps = gcc"
+
+    def compile(self, source: Path, flags: list[str], tag: str = "", rule: str = "cc") -> str:
         obj = self.out / "obj" / (str(source.relative_to(CSRC)).replace("/", "__") + tag + ".o")
-        self.lines.append(f"build {obj}: cc {source}\n  flags = {' '.join(flags)}")
+        self.lines.append(f"build {obj}: {rule} {source}\n  flags = {' '.join(flags)}")
         return str(obj)
 
-    def link(self, target: Path, objects: list[str], flags: list[str], after: tuple[Path, ...] = ()) -> Path:
+    def link(
+        self, target: Path, objects: list[str], flags: list[str], after: tuple[Path, ...] = (), rule: str = "link"
+    ) -> Path:
         implicit = (" | " + " ".join(map(str, after))) if after else ""
-        self.lines.append(f"build {target}: link {' '.join(objects)}{implicit}\n  flags = {' '.join(flags)}")
+        self.lines.append(f"build {target}: {rule} {' '.join(objects)}{implicit}\n  flags = {' '.join(flags)}")
         self.products.append(target)
         return target
 
-    def run(self, list_commands: bool = False) -> None:
-        self.out.mkdir(parents=True, exist_ok=True)
-        for product in self.products:
-            product.parent.mkdir(parents=True, exist_ok=True)
+    def run(self, targets: list[Path], list_commands: bool = False) -> None:
+        for target in targets:
+            target.parent.mkdir(parents=True, exist_ok=True)
         (self.out / "build.ninja").write_text("\n".join(self.lines) + "\n")
         ninja = shutil.which("ninja") or shutil.which("ninja", path=str(Path(sys.executable).parent))
         command = [ninja] if ninja else [sys.executable, "-m", "ninja"]
         tool = ["-t", "commands"] if list_commands else ["-j", str(jobs())]
-        subprocess.run([*command, "-C", str(self.out), *tool], check=True)
+        subprocess.run([*command, "-C", str(self.out), *tool, *map(str, targets)], check=True)
 
 
-def build(package_dir: Path, work_dir: Path, list_commands: bool = False) -> list[Path]:
+def build(package_dir: Path, list_commands: bool = False, work_dir: Path = WORK) -> list[Path]:
     """Builds every native product into `package_dir` (a memory3_kernels folder); returns their paths.
 
     Raises:
-        RuntimeError: no torch headers, or no C++ compiler, were found.
+        RuntimeError: no torch headers, no C++ compiler, or no nvcc with M3_CUDA=1; a wrong M3_CUDA_ARCHS.
         subprocess.CalledProcessError: a compiler failed (its output is on the terminal).
     """
     torch_dir = find_torch.find()
@@ -95,6 +115,7 @@ def build(package_dir: Path, work_dir: Path, list_commands: bool = False) -> lis
         raise RuntimeError(
             "torch >= 2.13 is needed to build: pip install 'torch>=2.13', or set M3_TORCH_DIR to its folder"
         )
+    toolkit = cuda_build.toolkit()
     cxx = os.environ.get("CXX", "g++")
     if shutil.which(cxx) is None:
         raise RuntimeError(f"no C++ compiler: {cxx!r} is not on PATH (apt-get install g++, or set CXX)")
@@ -137,11 +158,46 @@ def build(package_dir: Path, work_dir: Path, list_commands: bool = False) -> lis
         name = "_numpy" + sysconfig.get_config_var("EXT_SUFFIX")
         ninja.link(package_dir.resolve() / name, objects, [f"-L{lib_dir}", "-lm3_cpu", "-Wl,-rpath,'$$ORIGIN/lib'"],
                    after=(libcpu,))  # fmt: skip
-    ninja.run(list_commands)
+    core_products = list(ninja.products)
+    if toolkit is not None:
+        add_cuda(ninja, toolkit, lib_dir, common, stable, torch_dir)
+    with alone(ninja.out):
+        ninja.run(core_products, list_commands)
+        cuda_products = ninja.products[len(core_products) :]
+        for old in lib_dir.glob("libm3_*cuda*.so"):  # of another toolkit, or of none
+            if old not in cuda_products and not list_commands:
+                old.unlink()
+        if cuda_products:
+            try:
+                ninja.run(cuda_products, list_commands)
+            except subprocess.CalledProcessError:
+                print("The CUDA kernels did not compile (see above). M3_CUDA=0 builds without them.", file=sys.stderr)
+                raise
     return ninja.products
+
+
+def add_cuda(
+    ninja: Ninja, toolkit: cuda_build.Toolkit, lib_dir: Path, common: list[str], stable: list[str], torch_dir: Path
+) -> None:
+    """libm3_cuda and its torch binding: kernels know no torch, the binding knows no nvcc."""
+    host = f"-ccbin {os.environ['CXX']} " if os.environ.get("CXX") else ""
+    ninja.rule("nvcc", f"{toolkit.nvcc} {host}-MMD -MF $out.d $flags -c $in -o $out", "nvcc $out", depfile=True)
+    ninja.rule("nvlink", f"{toolkit.nvcc} {host}-shared $in $flags -o $out", "link $out")
+    flags = ["-std=c++17", "-O3", "-lineinfo", "-Xcompiler -fPIC,-fvisibility=hidden,-Wall", *toolkit.targets,
+             f"-I{CSRC}/include", f"-I{CSRC}", f"'-DM3_CUDA_ARCHS=\"{toolkit.archs}\"'"]  # fmt: skip
+    objects = [ninja.compile(source, flags, rule="nvcc") for source in sorted(CSRC.rglob("*.cu"))]
+    kernels = ninja.link(lib_dir / toolkit.library, objects, [
+        *toolkit.targets, *toolkit.link_flags, f"-Xlinker -soname,{toolkit.library}",
+        "-Xcompiler -static-libstdc++,-static-libgcc", f"-Xlinker --version-script={CSRC}/exports.map",
+        "-Xlinker -z,defs"], rule="nvlink")  # fmt: skip
+
+    objects = [ninja.compile(source, stable) for source in sorted((CSRC / "torch" / "cuda").glob("*.cpp"))]
+    ninja.link(lib_dir / "libm3_torch_cuda.so", objects, [
+        f"-L{lib_dir}", f"-l:{toolkit.library}", f"-L{torch_dir}/lib", "-ltorch_cpu", "-lc10",
+        "-Wl,-rpath,'$$ORIGIN'", "-Wl,-z,defs"], after=(kernels,))  # fmt: skip
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--commands", action="store_true", help="print the compiler lines, build nothing")
-    build(ROOT / "memory3_kernels", ROOT / "build" / "native", parser.parse_args().commands)
+    build(ROOT / "memory3_kernels", parser.parse_args().commands)

@@ -8,10 +8,12 @@ record format on numpy arrays, needs the native library but no torch.
 from importlib.util import find_spec as _find_spec
 
 if _find_spec("torch") is not None:
+    from ._cuda import load as _load_cuda
     from ._load import load as _load_native
     from ._load import native_reason
 
     _load_native()
+    _load_cuda()
 
     from ._backends import explain, use_backend
     from .book import Book

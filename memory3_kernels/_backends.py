@@ -1,8 +1,8 @@
 """Which implementation serves an op: a table, visible (`explain`) and overridable (`use_backend`, `M3_BACKEND`).
 
-Automatic choice is the dispatcher's: the native kernel where the library is loaded; on CUDA, where there is none for
-an op, its Triton kernel; else the PyTorch reference that every op registers under CompositeExplicitAutograd. Only
-float64, which no kernel takes, is sent to the reference by the public functions.
+Automatic choice is the dispatcher's: on a CPU the native kernel where the library is loaded; on CUDA the CUDA kernel
+where it takes the call, else the op's Triton kernel; else the PyTorch reference that every op registers under
+CompositeExplicitAutograd. Only float64, which no kernel takes, is sent to the reference by the public functions.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
+from torch._subclasses import FakeTensor
 
-from . import _load, triton
+from . import _cuda, _load, triton
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,41 @@ def _native_refuses(op, args) -> str | None:
     return None
 
 
+def has_cuda_kernel(op_name: str) -> bool:
+    return torch._C._dispatch_has_kernel_for_dispatch_key(f"memory3_cuda::{op_name}", "CUDA")
+
+
+def _cuda_refuses(op, args) -> str | None:
+    """All but what only the kernel's launcher knows (`_declined`)."""
+    if _cuda.reason():
+        return f"the CUDA kernels are not loaded: {_cuda.reason()}"
+    if not has_cuda_kernel(op.name):
+        return f"{op.name} has no CUDA kernel"
+    tensors = [value for value in args if isinstance(value, torch.Tensor)]
+    for value in tensors:
+        if value.device.type != "cuda":
+            return f"CUDA kernels run on cuda, an argument is on {value.device}"
+        if value.dtype is torch.float64:
+            return "CUDA kernels take bfloat16 and float16, an argument is float64"
+    if not tensors and not torch.cuda.is_available():
+        return "CUDA kernels run on cuda, of which there is no device"
+    real = [value for value in tensors if not isinstance(value, FakeTensor)]
+    return _cuda.device_refused(real[0].device.index) if real else None
+
+
+def _declined(op, args, kwargs) -> str | None:
+    """What the CUDA kernel's launcher has against this call: its own checks, with nothing launched."""
+    needed = [a.name for a in op.overload._schema.arguments if a.kwarg_only and not a.has_default_value()]
+    if not args or any(name not in kwargs for name in needed):
+        return None
+    try:
+        with _cuda.dry_run():
+            getattr(torch.ops.memory3_cuda, op.name)(*args, **kwargs)
+    except RuntimeError as error:
+        return str(error).partition("\n")[0]
+    return None
+
+
 def _triton_refuses(op, args) -> str | None:
     if not triton.has_kernel(op.name):
         return f"{op.name} has no Triton kernel"
@@ -55,6 +91,7 @@ def _triton_refuses(op, args) -> str | None:
 
 BACKENDS = {
     "native": Backend("native", _native_refuses),
+    "cuda": Backend("cuda", _cuda_refuses),
     "triton": Backend("triton", _triton_refuses),
     "reference": Backend("reference", lambda op, args: None),
 }
@@ -119,16 +156,21 @@ def choose(op, args: tuple) -> str:
     return next(name for name, backend in BACKENDS.items() if backend.refuses(op, args) is None)
 
 
-def explain(name: str, *args) -> str:
-    """Says which backend would serve `memory3::<name>` for these arguments, and why the others would not."""
+def explain(name: str, *args, **kwargs) -> str:
+    """Says which backend would serve `memory3::<name>` for these arguments, and why the others would not.
+
+    For tensors on CUDA, with the op's keyword arguments, the CUDA kernel's own checks are asked too; without them
+    "available" leaves open whether it takes this shape.
+    """
     from ._registry import OPS
 
     op = OPS[name.removeprefix("memory3::")]
     wanted = forced(op.name)
+    reasons = {backend.name: backend.refuses(op, args) for backend in BACKENDS.values()}
+    if reasons["cuda"] is None and not any(isinstance(a, FakeTensor) for a in args):
+        reasons["cuda"] = _declined(op, args, kwargs)
+    chosen = choose(op, args) if wanted else next(name for name, reason in reasons.items() if reason is None)
     lines = [f"memory3::{op.name}" + (f" (forced: {wanted})" if wanted else "")]
-    chosen = choose(op, args)
-    for backend in BACKENDS.values():
-        reason = backend.refuses(op, args)
-        state = "chosen" if backend.name == chosen else reason or "available"
-        lines.append(f"  {backend.name:10s} {state}")
+    for backend, reason in reasons.items():
+        lines.append(f"  {backend:10s} {'chosen' if backend == chosen else reason or 'available'}")
     return "\n".join(lines)

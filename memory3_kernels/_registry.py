@@ -15,10 +15,12 @@ from . import _backends, triton
 
 NAMESPACE = "memory3"
 FORWARD_NAMESPACE = "memory3_forward"
-TRITON_NAMESPACE = "memory3_triton"
 _library = torch.library.Library(NAMESPACE, "DEF")
 _forward_library = torch.library.Library(FORWARD_NAMESPACE, "DEF")
-_triton_library = torch.library.Library(TRITON_NAMESPACE, "DEF")
+# Twins for a forced backend, memory3_cuda::<op> and memory3_triton::<op>; memory3_fallback::<op>: what the CUDA kernels
+# hand on.
+_twins = {name: torch.library.Library(f"memory3_{name}", "DEF") for name in ("cuda", "triton")}
+_fallback_library = torch.library.Library("memory3_fallback", "DEF")
 OPS: dict[str, Op] = {}
 
 _forced = _backends._forced
@@ -126,10 +128,10 @@ class Op:
             return self.overload(*args, **kwargs)
         if self.backward is None:
             refuse_gradient(self.name, args)
-        if backend == "triton":
+        if backend in _twins:
             for i in self.mutates:
                 torch.autograd.graph.increment_version(args[i])
-            return getattr(getattr(torch.ops, TRITON_NAMESPACE), self.name).default(*args, **kwargs)
+            return getattr(getattr(torch.ops, f"memory3_{backend}"), self.name).default(*args, **kwargs)
         return self.reference(*args, **kwargs)
 
 
@@ -189,28 +191,35 @@ def register(op: Op) -> Op:
     _forward_library.impl(op.name, torch.library.fallthrough_kernel, "Autograd")
     torch.library.register_fake(f"{FORWARD_NAMESPACE}::{op.name}", op.fake, lib=_forward_library)
     object.__setattr__(op, "forward", forward._op)  # without the Python frame of OpOverload
-    if triton.has_kernel(op.name):
-        _register_triton(op)
+    _register_twins(op)
     OPS[op.name] = op
     return op
 
 
-def _register_triton(op: Op) -> None:
-    """The Triton kernel behind `memory3_triton::<name>`, the op's twin for a forced backend, and behind the op itself
-    on CUDA where the native library has none. Opaque to compilers, like every kernel here; Triton is imported at the
-    first call."""
+def _register_twins(op: Op) -> None:
+    """The ops that call one backend and no other, and what serves CUDA tensors where the CUDA kernels do not.
+
+    Opaque to compilers, like every kernel here. The CUDA kernels register themselves (csrc/torch/cuda); Triton is
+    imported at the first call.
+    """
 
     def launch(*args, **kwargs):
         return triton.implementation(op.name)(*args, **kwargs)
 
-    _triton_library.define(op.name + op.schema)
-    for key in ("CUDA", "CPU"):
-        _triton_library.impl(op.name, launch, key)
-    qualified = f"{TRITON_NAMESPACE}::{op.name}"
-    torch.library.register_fake(qualified, op.fake, lib=_triton_library)
-    if op.backward is not None:
-        torch.library.register_autograd(qualified, op.backward, setup_context=op.setup_context, lib=_triton_library)
-    for namespace, library in ((NAMESPACE, _library), (FORWARD_NAMESPACE, _forward_library)):
-        native = torch._C._dispatch_has_kernel_for_dispatch_key(f"{namespace}::{op.name}", "CUDA")
-        if not native and triton.missing() is None:
-            library.impl(op.name, launch, "CUDA")
+    for name, library in _twins.items():
+        library.define(op.name + op.schema)
+        torch.library.register_fake(f"memory3_{name}::{op.name}", op.fake, lib=library)
+        if op.backward is not None:
+            torch.library.register_autograd(
+                f"memory3_{name}::{op.name}", op.backward, setup_context=op.setup_context, lib=library
+            )
+    runs = triton.has_kernel(op.name) and triton.missing() is None
+    if triton.has_kernel(op.name):
+        for key in ("CUDA", "CPU"):
+            _twins["triton"].impl(op.name, launch, key)
+    _fallback_library.define(op.name + op.schema)
+    _fallback_library.impl(op.name, launch if runs else op.reference, "CompositeExplicitAutograd")
+    if runs:
+        for namespace, library in ((NAMESPACE, _library), (FORWARD_NAMESPACE, _forward_library)):
+            if not torch._C._dispatch_has_kernel_for_dispatch_key(f"{namespace}::{op.name}", "CUDA"):
+                library.impl(op.name, launch, "CUDA")

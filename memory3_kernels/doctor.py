@@ -44,6 +44,28 @@ def _simd_note(wanted: str | None, used: str | None, available: list[str]) -> st
     return f"M3_SIMD={wanted} is more than this CPU or build has; {used} is used"
 
 
+def _cuda_part() -> dict[str, Any]:
+    import torch
+
+    from . import _cuda
+    from ._backends import has_cuda_kernel
+    from ._registry import OPS
+
+    devices = []
+    for index in range(torch.cuda.device_count()):
+        capability = ".".join(map(str, torch.cuda.get_device_capability(index)))
+        refused = _cuda.reason() or _cuda.device_refused(index)
+        devices.append({"name": torch.cuda.get_device_name(index), "capability": capability, "reason": refused})
+    path = _cuda.library_path()
+    return {
+        "reason": _cuda.reason(),
+        "library": str(path) if path else None,
+        "archs": _cuda.archs(),
+        "devices": devices,
+        "kernels": sorted(name for name in OPS if has_cuda_kernel(name)),
+    }
+
+
 def _torch_part() -> dict[str, Any]:
     import torch
 
@@ -73,15 +95,17 @@ def _torch_part() -> dict[str, Any]:
             "used": _load.simd_level(),
             "note": _simd_note(os.environ.get("M3_SIMD"), _load.simd_level(), available),
         },
+        "cuda": _cuda_part(),
         "ops": ops,
         "threads": torch.get_num_threads(),
     }
 
 
 def examine() -> dict[str, Any]:
-    """The report as plain data: versions, native libraries, SIMD levels, numpy module, backend of each op, CPU.
+    """The report as plain data: versions, native libraries, SIMD levels, CUDA, numpy module, backend of each op, CPU.
 
-    `report["native"]["reason"]` is None where the native kernels are in use, else why they are not.
+    `report["native"]["reason"]` is None where the native kernels are in use, else why they are not; `report["cuda"]`
+    says the same of the CUDA kernels, and of each device whether they were built for it.
     """
     report: dict[str, Any] = {
         "memory3_kernels": memory3_kernels.__version__,
@@ -89,6 +113,7 @@ def examine() -> dict[str, Any]:
         "torch": None,
         "native": {"reason": WITHOUT_TORCH, "version": None, "libraries": {}},
         "simd": {"available": [], "used": None, "note": None},
+        "cuda": {"reason": WITHOUT_TORCH, "library": None, "archs": "", "devices": [], "kernels": []},
         "ops": {},
         "threads": None,
     }
@@ -114,11 +139,21 @@ def render(report: dict[str, Any]) -> str:
         lines.append(f"SIMD            {simd['used']} (this machine can run: {', '.join(simd['available'])})")
     if simd["note"]:
         lines.append(f"                {simd['note']}")
+    cuda = report["cuda"]
+    lines.append(f"CUDA kernels    {'not loaded: ' + cuda['reason'] if cuda['reason'] else 'for ' + cuda['archs']}")
+    if cuda["library"]:
+        lines.append(f"  {Path(cuda['library']).name:15s} {cuda['library']}")
+    for device in cuda["devices"]:
+        served = "not served: " + device["reason"] if device["reason"] else "served"
+        lines.append(f"  {device['name']}, compute capability {device['capability']}: {served}")
+    if not cuda["devices"]:
+        lines.append("  no device")
     state = "not loaded: " + numpy_module["reason"] if numpy_module["reason"] else "loaded"
     lines.append(f"numpy module    {state}")
     if report["ops"]:
         lines.append("ops")
-        lines += [f"  {name:25s} {backend}" for name, backend in report["ops"].items()]
+        for name, backend in report["ops"].items():
+            lines.append(f"  {name:25s} {backend}{', cuda' if name in cuda['kernels'] else ''}")
     if report["environment"]:
         lines.append("environment     " + " ".join(f"{k}={v}" for k, v in report["environment"].items()))
     return "\n".join(lines)

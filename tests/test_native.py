@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from memory3_kernels import _load
+from memory3_kernels import _cuda, _load
 
 pytestmark = pytest.mark.skipif(
     os.environ.get("M3_NATIVE") == "0", reason="M3_NATIVE=0: this run covers the references"
@@ -259,7 +259,6 @@ def test_every_declared_function_is_exported():
 
 
 def test_every_function_declared_for_cuda_is_exported():
-    library = _load.LIB_DIR / "libm3_cuda_cu13.so"
-    if not library.is_file():
-        pytest.skip("libm3_cuda is not built (M3_CUDA)")
-    assert declared([INCLUDE / "m3" / "cuda.h"]) == exported(library)
+    if _cuda.reason():
+        pytest.skip(_cuda.reason())
+    assert declared([INCLUDE / "m3" / "cuda.h"]) == exported(_cuda.library_path())

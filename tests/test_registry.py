@@ -172,7 +172,8 @@ def test_a_block_ends_and_nests():
 
 
 def test_unknown_backend():
-    with pytest.raises(ValueError, match="expected one of native, triton, reference, got 'gpu'"), use_backend("gpu"):
+    expected = "expected one of native, cuda, triton, reference, got 'gpu'"
+    with pytest.raises(ValueError, match=expected), use_backend("gpu"):
         pass
 
 
@@ -217,4 +218,4 @@ def test_a_wrong_M3_BACKEND_is_said_at_the_first_call_not_at_import():
         timeout=120,
     )
     assert done.stdout == "imported\n" and done.returncode == 1
-    assert "M3_BACKEND: backend: expected one of native, triton, reference, got 'fastest'" in done.stderr
+    assert "M3_BACKEND: backend: expected one of native, cuda, triton, reference, got 'fastest'" in done.stderr

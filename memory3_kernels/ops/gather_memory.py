@@ -54,9 +54,9 @@ def backward(ctx, grad: Tensor):
     n, _, heads, _, dim = grad.shape
     wide = torch.float64 if grad.dtype is torch.float64 else torch.float32
     # Row 0 of the buffer takes what -1 stands for and is cut off.
-    at = (index.long() + 1)[:, None, :, :, None].expand(-1, 2, -1, -1, dim)
+    at = (index.long() + 1).unsqueeze(1).unsqueeze(-1).expand(-1, 2, -1, -1, dim)
     total = grad.new_zeros((n, 2, heads, ctx.rows + 1, dim), dtype=wide).scatter_add(3, at, grad.to(wide))
-    grad_k, grad_v = total[:, :, :, 1:].to(grad.dtype).transpose(2, 3).unbind(1)
+    grad_k, grad_v = total.narrow(3, 1, ctx.rows).to(grad.dtype).transpose(2, 3).unbind(1)
     return grad_k, grad_v, None
 
 

@@ -8,7 +8,10 @@
 namespace m3::gpu {
 namespace {
 thread_local char last_error[512] = "";
-}
+thread_local bool dry = false;
+}  // namespace
+
+bool dry_run() { return dry; }
 
 m3_status fail(m3_status status, const char* format, ...) {
   va_list args;
@@ -23,4 +26,5 @@ m3_status fail(m3_status status, const char* format, ...) {
 extern "C" {
 const char* m3_cuda_last_error(void) { return m3::gpu::last_error; }
 const char* m3_cuda_archs(void) { return M3_CUDA_ARCHS; }
+void m3_cuda_dry_run(int on) { m3::gpu::dry = on != 0; }
 }

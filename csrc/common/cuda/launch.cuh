@@ -11,6 +11,9 @@ namespace m3::gpu {
 // Formats like printf into m3_cuda_last_error() and returns `status`.
 m3_status fail(m3_status status, const char* format, ...) __attribute__((format(printf, 2, 3)));
 
+// Whether this thread only wants to know if a launch would be taken.
+bool dry_run();
+
 struct Grid {
   int64_t blocks;
   int threads;
@@ -20,6 +23,12 @@ struct Grid {
 constexpr int64_t kMostBlocks = 0x7FFFFFFF;
 
 #if defined(__CUDACC__)
+
+// This library on this device or driver, whatever the arguments: another backend may do.
+inline bool runs_nowhere(cudaError_t error) {
+  return error == cudaErrorNoKernelImageForDevice || error == cudaErrorInvalidDeviceFunction ||
+         error == cudaErrorUnsupportedPtxVersion || error == cudaErrorInsufficientDriver;
+}
 
 // Blocks may use more than 48 KiB of shared memory only once the kernel has been told so, on each device.
 inline m3_status allow_shared(const void* kernel, int64_t bytes) {
@@ -47,7 +56,8 @@ m3_status run(void (*kernel)(Params...), const Grid& grid, void* stream, std::tu
       params);
   if (error == cudaSuccess) return M3_OK;
   (void)cudaGetLastError();
-  return fail(M3_INVALID, "a kernel could not be launched: %s", cudaGetErrorString(error));
+  return fail(runs_nowhere(error) ? M3_UNSUPPORTED : M3_INVALID, "a kernel could not be launched: %s",
+              cudaGetErrorString(error));
 }
 
 #else
@@ -80,6 +90,7 @@ m3_status launch(void (*kernel)(Params...), const Grid& grid, void* stream, cons
   if (grid.blocks > kMostBlocks)
     return fail(M3_UNSUPPORTED, "%lld blocks, at most %lld", static_cast<long long>(grid.blocks),
                 static_cast<long long>(kMostBlocks));
+  if (dry_run()) return M3_OK;
   return run<Params...>(kernel, grid, stream, std::tuple<Params...>(args...));
 }
 

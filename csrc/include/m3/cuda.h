@@ -14,8 +14,10 @@ extern "C" {
 
 /* Text of this thread's last failed call of a function of this header; valid until the next one. */
 M3_API const char* m3_cuda_last_error(void);
-/* Architectures with code of their own in this library, as in "80;90"; the last one is there as PTX too. */
+/* Compute capabilities this library has code for, as in "80;90+PTX"; +PTX: newer devices compile that one when loading. */
 M3_API const char* m3_cuda_archs(void);
+/* While on, launchers that this thread calls check their arguments as ever, and queue nothing. */
+M3_API void m3_cuda_dry_run(int on);
 
 /* A workspace is device memory of at least the bytes m3_<op>_cuda_workspace gives, aligned to 16; null where that is 0. */
 M3_API int64_t m3_memory_decode_cuda_workspace(const M3MemoryDecodeParams* params);

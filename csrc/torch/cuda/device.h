@@ -1,5 +1,5 @@
 // What the CUDA bindings add to csrc/torch: one device for all tensors, outputs and workspaces on it, its current stream,
-// and the Triton kernel for calls that the CUDA kernels do not take.
+// and another backend for calls that the CUDA kernels do not take.
 //
 // With -DM3_SIMT the same bindings are tests: CPU tensors, kernels on the host of tests/simt, ops in memory3_simt.
 #pragma once
@@ -90,22 +90,23 @@ StableIValue rebox(T& value) {
   return torch::stable::detail::from(value);
 }
 
-// The same call for memory3_triton::<op>; results replace the arguments in `stack`.
+// What becomes of a call that the CUDA kernels do not take.
+enum class Refused { kHandOn, kRaise };
+
+// The same call for memory3_fallback::<op> (Triton's kernel or the reference: memory3_kernels/_registry.py); its results
+// replace the arguments in `stack`.
 template <class... Args>
-void call_triton(const char* op, const Unsupported& why, StableIValue* stack, std::tuple<Args...>& args) {
-#if defined(M3_SIMT)
-  (void)stack, (void)args;
-  STD_TORCH_CHECK(false, op, ": ", why.reason);
-#else
-  std::apply([&](Args&... each) { ((*stack++ = rebox(each)), ...); }, args);
-  const std::string name = std::string("memory3_triton::") + op;
-  const auto error = torch_call_dispatcher(name.c_str(), "", stack - sizeof...(Args), TORCH_ABI_VERSION);
-  STD_TORCH_CHECK(error == 0, op, ": ", why.reason, ", and its Triton kernel failed (see above)");
-#endif
+void hand_on(const char* op, const Unsupported& why, StableIValue* stack, std::tuple<Args...>& args) {
+  StableIValue* next = stack;
+  std::apply([&](Args&... each) { ((*next++ = rebox(each)), ...); }, args);
+  const std::string name = std::string("memory3_fallback::") + op;
+  const auto error = torch_call_dispatcher(name.c_str(), "", stack, TORCH_ABI_VERSION);
+  STD_TORCH_CHECK(error == 0, op, ": ", why.reason, ", and the backend after it failed (see above)");
 }
 
 template <class Result, class... Args, size_t... I>
-void call_on_device(const char* op, Result (*function)(Args...), StableIValue* stack, std::index_sequence<I...>) {
+void call_on_device(const char* op, Refused refused, Result (*function)(Args...), StableIValue* stack,
+                    std::index_sequence<I...>) {
   std::tuple<std::decay_t<Args>...> args{Unbox<std::decay_t<Args>>::from(stack[I])...};  // braces: in order
   OneDevice device;
   (device.see(std::get<I>(args)), ...);
@@ -118,32 +119,38 @@ void call_on_device(const char* op, Result (*function)(Args...), StableIValue* s
     else
       put_results(stack, function(static_cast<Args&&>(std::get<I>(args))...));
   } catch (const Unsupported& why) {
-    call_triton(op, why, stack, args);
+    STD_TORCH_CHECK(refused == Refused::kHandOn, op, ": ", why.reason);
+    hand_on(op, why, stack, args);
   }
 }
 
 template <class Result, class... Args>
-void call_on_device(const char* op, Result (*function)(Args...), StableIValue* stack, uint64_t count) {
+void call_on_device(const char* op, Refused refused, Result (*function)(Args...), StableIValue* stack,
+                    uint64_t count) {
   STD_TORCH_CHECK(count == sizeof...(Args), "the schema has ", count, " arguments, the kernel ", sizeof...(Args));
-  call_on_device(op, function, stack, std::index_sequence_for<Args...>{});
+  call_on_device(op, refused, function, stack, std::index_sequence_for<Args...>{});
 }
 
 }  // namespace m3::binding
 
-// Registers `function` as the CUDA kernel of memory3::op and of its twin without autograd.
-#define M3_BOXED_ON_DEVICE(op, function)                                         \
-  namespace m3::binding {                                                        \
-  static void op##_on_device(StableIValue* stack, uint64_t inputs, uint64_t) {   \
-    call_on_device(#op, &function, stack, inputs);                               \
-  }                                                                              \
+#define M3_BOXED_ON_DEVICE(op, function, suffix, refused)                               \
+  namespace m3::binding {                                                               \
+  static void op##_##suffix(StableIValue* stack, uint64_t inputs, uint64_t) {           \
+    call_on_device(#op, refused, &function, stack, inputs);                             \
+  }                                                                                     \
   }
+
+// Registers `function` as the CUDA kernel of memory3::op, of its twin without autograd, and of memory3_cuda::op, which
+// is what a caller gets who asked for CUDA and nothing else.
 #if defined(M3_SIMT)
 #define M3_REGISTER_CUDA(op, function)                                                                     \
-  M3_BOXED_ON_DEVICE(op, function)                                                                         \
-  STABLE_TORCH_LIBRARY_IMPL(memory3_simt, CPU, m) { m.impl(#op, &::m3::binding::op##_on_device); }
+  M3_BOXED_ON_DEVICE(op, function, or_raise, Refused::kRaise)                                              \
+  STABLE_TORCH_LIBRARY_IMPL(memory3_simt, CPU, m) { m.impl(#op, &::m3::binding::op##_or_raise); }
 #else
 #define M3_REGISTER_CUDA(op, function)                                                                     \
-  M3_BOXED_ON_DEVICE(op, function)                                                                         \
-  STABLE_TORCH_LIBRARY_IMPL(memory3, CUDA, m) { m.impl(#op, &::m3::binding::op##_on_device); }             \
-  STABLE_TORCH_LIBRARY_IMPL(memory3_forward, CUDA, m) { m.impl(#op, &::m3::binding::op##_on_device); }
+  M3_BOXED_ON_DEVICE(op, function, or_hand_on, Refused::kHandOn)                                           \
+  M3_BOXED_ON_DEVICE(op, function, or_raise, Refused::kRaise)                                              \
+  STABLE_TORCH_LIBRARY_IMPL(memory3, CUDA, m) { m.impl(#op, &::m3::binding::op##_or_hand_on); }            \
+  STABLE_TORCH_LIBRARY_IMPL(memory3_forward, CUDA, m) { m.impl(#op, &::m3::binding::op##_or_hand_on); }    \
+  STABLE_TORCH_LIBRARY_IMPL(memory3_cuda, CUDA, m) { m.impl(#op, &::m3::binding::op##_or_raise); }
 #endif
