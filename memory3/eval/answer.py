@@ -40,25 +40,32 @@ class Answerer:
         with torch.no_grad():
             return self.net.encode_prefix(self.net.memory.prefix_ids, self.net.memory.span)
 
-    @torch.no_grad()
     def losses(self, samples: Sequence[Sample], memories: Loaded | None) -> list[float]:
         """Nats of each sample's predicted tokens together; all samples with memory, or all without."""
+        return [loss for loss, _ in self.scored(samples, memories)]
+
+    @torch.no_grad()
+    def scored(self, samples: Sequence[Sample], memories: Loaded | None) -> list[tuple[float, bool]]:
+        """As `losses`, with whether greedy decoding would give the predicted tokens."""
         batch = make_batch(samples)
         read = prefix = None
         if batch.slots is not None:
             read, prefix = self._read(samples, memories, batch.cu_chunk), self.prefix
         hidden = self.net.hidden(batch.tokens, batch.cu, read, prefix).index_select(0, batch.rows)
-        each = torch.cat(
-            [
-                F.cross_entropy(self.net.logits(rows), wanted, reduction="none")
-                for rows, wanted in zip(hidden.split(LOGIT_ROWS), batch.targets.split(LOGIT_ROWS), strict=True)
-            ]
-        )
-        return [float(part.sum()) for part in each.split([len(s.ids) - s.first for s in samples])]
+        each, greedy = [], []
+        for rows, wanted in zip(hidden.split(LOGIT_ROWS), batch.targets.split(LOGIT_ROWS), strict=True):
+            logits = self.net.logits(rows)
+            each.append(F.cross_entropy(logits, wanted, reduction="none"))
+            greedy.append(logits.argmax(-1) == wanted)
+        counts = [len(s.ids) - s.first for s in samples]
+        parts = zip(torch.cat(each).split(counts), torch.cat(greedy).split(counts), strict=True)
+        return [(float(loss.sum()), bool(hit.all())) for loss, hit in parts]
 
     @torch.inference_mode()
-    def texts(self, samples: Sequence[Sample], memories: Loaded | None, tokens: int = 24) -> list[str]:
-        """Greedy answers to the samples' prompts (ids[:first]), up to a line break or `tokens` tokens."""
+    def texts(
+        self, samples: Sequence[Sample], memories: Loaded | None, tokens: int = 24, stop: Sequence[str] = ("\n",)
+    ) -> list[str]:
+        """Greedy answers to the samples' prompts (ids[:first]), up to one of `stop` or `tokens` tokens."""
         prompts = [s.ids[: s.first] for s in samples]
         net, count = self.net, len(samples)
         with_memory = bool(samples[0].pieces)
@@ -78,12 +85,13 @@ class Answerer:
                 if not open_[b]:
                     continue
                 said[b].append(token)
-                if token in self.tokenizer.eos_ids or "\n" in self.tokenizer.decode(said[b]).lstrip("\n"):
+                text = self.tokenizer.decode(said[b]).lstrip("\n")
+                if token in self.tokenizer.eos_ids or any(end in text for end in stop):
                     open_[b] = False
             if not any(open_) or i + 1 == tokens:
                 break
             logits = net.decode(chosen, cache, read)
-        return [self.tokenizer.decode(ids, skip_special=True).strip().split("\n")[0].strip() for ids in said]
+        return [_until(self.tokenizer.decode(ids, skip_special=True).lstrip("\n"), stop) for ids in said]
 
     def _read(self, samples: Sequence[Sample], memories: Loaded, cu_chunk: Tensor) -> MemoryRead:
         rows = [[memories.slot[r] for r in sample.pieces[-1].reads] for sample in samples]
@@ -92,3 +100,9 @@ class Answerer:
             len(rows), width
         )
         return MemoryRead(memories.kv, memories.length, slots, cu_chunk, memories.bias)
+
+
+def _until(text: str, stop: Sequence[str]) -> str:
+    for end in stop:
+        text = text.partition(end)[0]
+    return text.strip()

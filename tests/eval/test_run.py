@@ -1,0 +1,194 @@
+"""An evaluation of a tiny model: what is read, what is scored, and that a stopped one goes on."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from engine.common import HashEmbedder, make_model, words
+
+from memory3.bank.corpus import Chunk
+from memory3.eval import run as running
+from memory3.eval.arms import Arm, ablations, main_arms
+from memory3.eval.run import Evaluation, Plan, Reader
+from memory3.eval.sets import Question, References
+from memory3.memory import MemoryRead
+
+MODEL = make_model()
+TEXTS = [words(6 + i % 5, i) for i in range(40)]
+
+
+def made_references(which, encode, span):
+    return References([Chunk(f"t{i}", t, encode(t)[:span], "x", 0, len(t)) for i, t in enumerate(TEXTS)])
+
+
+def made_questions(name, among, count, encode, seed=0):
+    return [
+        Question(name, f"{name}{i}", " ".join(TEXTS[i].split()[:3]), TEXTS[i].split()[3],
+                 (TEXTS[i].split()[3],), (i,), (i, i + 20))
+        for i in range(count)
+    ]  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def made(monkeypatch):
+    monkeypatch.setattr(running, "references", made_references)
+    monkeypatch.setattr(running, "questions", made_questions)
+
+
+def evaluation(folder, count=10, readers=None, **about):
+    readers = readers or {"original": Reader(MODEL.net, MODEL.net)}
+    plan = Plan({"squad": count, "vera": count // 2}, generate=2)
+    return Evaluation(readers, MODEL.tokenizer, HashEmbedder(), plan, folder, about=about)
+
+
+NONE = Arm("none")
+MEMORY = Arm("memory", read="memory", refs=3)
+TEXT = Arm("text", read="text", refs=2)
+
+
+def test_losses_are_those_of_the_model(tmp_path):
+    """Without memory, with memories and with text, against the plain calls that they stand for."""
+    found = evaluation(tmp_path)
+    results = {(r["arm"], r["id"]): r for r in found.run([NONE, MEMORY, TEXT])}
+    assert len(results) == 3 * 15
+    net, bos = MODEL.net, list(MODEL.memory.context_bos_ids)
+    for i in (0, 7):
+        question = found.asked["squad"][i]
+        prompt, answer = (MODEL.tokenizer.encode(t) for t in (question.prompt, " " + question.answer))
+        reads = found.reads(MEMORY, question, found.found["squad"][i])
+        assert len(reads) == 3
+
+        def loss(front, read=None, prefix=None, prompt=prompt, answer=answer):
+            ids = torch.tensor([*front, *bos, *prompt, *answer])
+            cu = torch.tensor([0, len(ids)], dtype=torch.int32)
+            logits = net(ids, cu, read, prefix)[-len(answer) - 1 : -1]
+            return float(F.cross_entropy(logits, torch.tensor(answer), reduction="sum"))
+
+        kv = MODEL.read(MODEL.write_ids([found.among["main"].tokens[n] for n in reads]))
+        kv = MemoryRead(kv.kv, kv.length, kv.slots, torch.tensor([0, len(bos + prompt + answer)], dtype=torch.int32))
+        front = [t for n in reversed(reads[:2]) for t in (*MODEL.memory.prefix_ids, *found.among["main"].tokens[n])]
+        assert results["none", question.id]["loss"] == pytest.approx(loss([]), rel=1e-5)
+        assert results["memory", question.id]["loss"] == pytest.approx(loss([], kv, MODEL.prefix), rel=1e-4)
+        assert results["text", question.id]["loss"] == pytest.approx(loss(front), rel=1e-4)
+
+
+def test_what_is_read(tmp_path):
+    found = evaluation(tmp_path)
+    for i, question in enumerate(found.asked["squad"]):
+        best = found.found["squad"][i]
+        assert found.reads(MEMORY, question, best) == best[:3]
+        without = found.reads(replace(MEMORY, choose="gold removed"), question, best)
+        assert without == [n for n in best if n not in question.related][:3]
+        drawn = found.reads(replace(MEMORY, choose="random"), question, best)
+        assert len(set(drawn)) == 3 and not set(drawn) & set(question.related)
+        assert drawn == found.reads(replace(MEMORY, choose="random"), question, best)
+        noisy = found.reads(replace(MEMORY, refs=5, noise=0.4), question, best)
+        assert sum(a != b for a, b in zip(noisy, best, strict=False)) == 2
+    assert sum(r["gold"] for r in found.run([MEMORY]) if r["set"] == "squad") >= 8  # its first words find a text
+
+
+def test_a_reference_that_says_the_question_is_left_out(tmp_path, monkeypatch):
+    """Equation 6: more than 2/3 of the reference stands in the prompt."""
+    monkeypatch.setattr(
+        running, "questions",
+        lambda name, among, count, encode, seed=0: [Question(name, "q", f"so: {TEXTS[3]}?", "x", ("x",), (3,), (3,))],
+    )  # fmt: skip
+    found = evaluation(tmp_path)
+    assert 3 not in found.found["squad"][0] and len(found.found["squad"][0]) >= 20
+
+
+def test_a_stopped_evaluation_goes_on(tmp_path):
+    arms = [NONE, MEMORY, Arm("few", read="memory", choose="random", limit=3)]
+    whole = {(r["arm"], r["id"]): r for r in evaluation(tmp_path / "whole").run(arms)}
+    assert len(whole) == 2 * 15 + 3 + 3
+
+    class Stop(Exception):
+        pass
+
+    def tick(done, seen=[]):  # noqa: B006 - counts over calls
+        seen.append(done)
+        if len(seen) == 4:
+            raise Stop
+
+    with pytest.raises(Stop):
+        evaluation(tmp_path / "cut").run(arms, tick)
+    file = tmp_path / "cut" / "results.jsonl"
+    lines = file.read_text().splitlines(keepends=True)
+    file.write_text("".join(lines[:-1]) + lines[-1][:20])  # killed while it wrote a line
+    again = evaluation(tmp_path / "cut")
+    assert 0 < again.todo(arms) == len(whole) - len(lines) + 1
+    resumed = {(r["arm"], r["id"]): r for r in again.run(arms)}
+    assert resumed.keys() == whole.keys() and again.todo(arms) == 0
+    for key, row in whole.items():
+        assert resumed[key]["loss"] == pytest.approx(row["loss"], rel=1e-5) and resumed[key]["gold"] == row["gold"]
+    assert {r["arm"] for r in evaluation(tmp_path / "cut").run([MEMORY])} == {"memory"}
+    with pytest.raises(ValueError, match="other weights"):
+        evaluation(tmp_path / "cut", adapters=["another"])
+
+
+def test_answers_in_words(tmp_path):
+    """Greedy, up to a line break; scored only for the first `generate` questions of a set."""
+    found = evaluation(tmp_path)
+    results = found.run([NONE])
+    spoken = [r for r in results if "said" in r]
+    assert {r["id"] for r in spoken} == {"squad0", "squad1", "vera0", "vera1"}
+    question = found.asked["squad"][1]
+    plain = MODEL.tokenizer.decode(MODEL.tokenizer.encode(MODEL.generate(question.prompt, max_new_tokens=24)))
+    said = next(r["said"] for r in spoken if r["id"] == "squad1")
+    assert said == plain.lstrip("\n").partition("\n")[0].strip()
+
+
+def test_quantised_and_refitted_memories(tmp_path):
+    """Every token kept and refitted is what it was; a codec changes little, and is not ignored."""
+    found = evaluation(tmp_path, count=4)
+    span = MODEL.memory.span
+    arms = [
+        MEMORY,
+        replace(MEMORY, name="all", memory={"tokens": span}),
+        replace(MEMORY, name="all, refitted", memory={"tokens": span}, refit="both"),
+        replace(MEMORY, name="bias", refit="bias"),
+        replace(MEMORY, name="vq", codec="Residual2x5,PQ4x5"),
+    ]
+    with pytest.warns(UserWarning, match="is trained on"):
+        rows = {(r["arm"], r["id"]): r["loss"] for r in found.run(arms)}
+    total = {arm.name: sum(v for (a, _), v in rows.items() if a == arm.name) for arm in arms}
+    assert total["all, refitted"] == pytest.approx(total["all"], rel=1e-4)
+    assert total["bias"] != total["memory"] and total["vq"] != total["memory"]
+    assert total["vq"] == pytest.approx(total["memory"], rel=0.1)
+
+
+def test_an_adapter_reads_what_the_checkpoint_wrote(tmp_path):
+    other = make_model(seed=1)
+    both = {"original": Reader(MODEL.net, MODEL.net), "adapted": Reader(other.net, MODEL.net)}
+    arms = [MEMORY, replace(MEMORY, name="adapted", reader="adapted")]
+    found = evaluation(tmp_path, count=4, readers=both)
+    rows = {(r["arm"], r["id"]): r["loss"] for r in found.run(arms)}
+    assert len(found._writers) == 2  # one per knowledge base, shared by both readers
+    assert all(abs(rows["memory", i] - rows["adapted", i]) > 1e-3 for a, i in rows if a == "memory")
+
+
+def test_lists_of_arms():
+    arms = main_arms(30, 128, ("original", "adapted", "closed book", "reader of text"), 100)
+    names = [a.name for a in arms]
+    assert len(names) == len(set(names)) == 18 and "trained reader: RAG 5" in names
+    assert next(a for a in arms if a.name == "adapted: full KV").memory["tokens"] == 128
+    for title, part in ablations(30, 32).items():
+        assert len({a.name for a in part}) == len(part) > 2, title
+    with pytest.raises(ValueError, match="choose"):
+        Arm("x", choose="best")
+    with pytest.raises(ValueError, match="sets"):
+        Plan({"trivia": 3})
+
+
+def test_vectors_are_kept(tmp_path):
+    embedder = HashEmbedder()
+    among = made_references("main", MODEL.tokenizer.encode, 64).embed(embedder, tmp_path)
+    count = len(embedder.asked)
+    again = made_references("main", MODEL.tokenizer.encode, 64).embed(embedder, tmp_path)
+    assert len(embedder.asked) == count and np.array_equal(again.vectors, among.vectors)
+    best = among.search(among.vectors[5:6], 4)[0]
+    assert best[0] == 5 and list(best) == list(np.argsort(-(among.vectors @ among.vectors[5]), kind="stable")[:4])
