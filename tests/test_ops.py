@@ -1,6 +1,7 @@
 """Every op x backend x SIMD level x case, from the contracts alone. Adding an op adds no test code here.
 
-The native library must load wherever it can be built; `M3_NATIVE=0` runs the same file on the references.
+The native library must load wherever it can be built; `M3_NATIVE=0` runs the same file on the references. Where there
+is a GPU, everything runs there too: as dispatched (CUDA kernels and what serves in their place), and on Triton alone.
 """
 
 from __future__ import annotations
@@ -14,13 +15,14 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 import memory3_kernels  # noqa: F401  (registers the ops)
-from memory3_kernels import _load
+from memory3_kernels import _load, triton
 from memory3_kernels._backends import choose, use_backend
 from memory3_kernels._registry import OPS
 from memory3_kernels.testing.compare import as_tuple, assert_close, widen
 
 NATIVE = os.environ.get("M3_NATIVE", "1") != "0"
 LEVELS = list(_load.SIMD_LEVELS)
+ON_DEVICE = ["device", "device-triton"] if torch.cuda.is_available() else []
 
 
 def generator(case_id: str) -> torch.Generator:
@@ -49,12 +51,22 @@ def bad_grid():
     return [pytest.param(op, bad, id=f"{op.name}-{bad.id}") for op in OPS.values() for bad in op.bad_cases()]
 
 
-@pytest.fixture(params=["reference", *(f"native-{level}" for level in LEVELS)])
+@pytest.fixture(params=["reference", *(f"native-{level}" for level in LEVELS), *ON_DEVICE])
 def backend(request):
-    """Forces one backend and SIMD level for a test."""
+    """Forces one backend and SIMD level for a test; `device`: what the dispatcher picks for tensors on a GPU."""
     if request.param == "reference":
         with use_backend("reference"):
             yield "reference"
+        return
+    if request.param == "device":
+        yield request.param
+        return
+    if request.param == "device-triton":
+        op = request.getfixturevalue("op")
+        if not triton.has_kernel(op.name):
+            pytest.skip(f"{op.name} has no Triton kernel")
+        with use_backend("triton"):
+            yield request.param
         return
     if not NATIVE:
         pytest.skip("M3_NATIVE=0: this run covers the references")
@@ -77,6 +89,19 @@ def clone(value):
     return {k: clone(v) for k, v in value.items()} if isinstance(value, dict) else value
 
 
+def place(value, backend):
+    """Arguments where the backend runs: as they are, or on the GPU, with their strides."""
+    if not backend.startswith("device"):
+        return value
+
+    def move(t: Tensor) -> Tensor:
+        if 0 in t.stride():
+            return t.cuda()
+        return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="cuda").copy_(t)
+
+    return tree_map_only(Tensor, move, value)
+
+
 def run(op, args, kwargs):
     """Outputs, and for an op that mutates, the arguments it wrote to."""
     outputs = as_tuple(op(*args, **kwargs))
@@ -91,6 +116,7 @@ def expected(op, args, kwargs):
 
 def check(op, actual, args, kwargs, tolerance):
     wanted = expected(op, args, kwargs)
+    actual = tuple(a.cpu() for a in actual)
     if op.compare is not None:
         return op.compare(actual, wanted, args, kwargs, tolerance)
     assert len(actual) == len(wanted)
@@ -121,27 +147,29 @@ def test_native_library_is_loaded():
 @pytest.mark.parametrize("op, case, dtype", grid())
 def test_matches_reference(op, case, dtype, backend):
     args, kwargs = make(case, dtype)
-    assert choose(op, args) == backend.partition("-")[0]
     before = clone(args)
+    args = place(args, backend)
+    if backend != "device":
+        assert choose(op, args) == backend.removeprefix("device-").partition("-")[0]
     actual = run(op, args, kwargs)
     check(op, actual, before, kwargs, op.tolerance[dtype])
     for i, (a, b) in enumerate(zip(args, before, strict=True)):
         if isinstance(a, Tensor) and i not in op.mutates:
-            assert torch.equal(a.nan_to_num(), b.nan_to_num()), f"{op.name} wrote to argument {i}"
+            assert torch.equal(a.cpu().nan_to_num(), b.nan_to_num()), f"{op.name} wrote to argument {i}"
 
 
 @pytest.mark.parametrize("op, case, dtype", grid())
 def test_strided_views(op, case, dtype, backend):
     args, kwargs = make(case, dtype)
     before = clone(args)
-    actual = run(op, tuple(strided(a) for a in args), kwargs)
+    actual = run(op, place(tuple(strided(a) for a in args), backend), kwargs)
     check(op, actual, before, kwargs, op.tolerance[dtype])
 
 
 @pytest.mark.parametrize("op, case, dtype", grid(with_dtypes=False))
 def test_repeats_bit_for_bit(op, case, dtype, backend):
     args, kwargs = make(case, dtype)
-    first, second = run(op, clone(args), kwargs), run(op, clone(args), kwargs)
+    first, second = (run(op, place(clone(args), backend), kwargs) for _ in range(2))
     for a, b in zip(first, second, strict=True):
         assert torch.equal(a.nan_to_num(7.0), b.nan_to_num(7.0))
 
@@ -149,6 +177,10 @@ def test_repeats_bit_for_bit(op, case, dtype, backend):
 @pytest.mark.parametrize("op, bad", bad_grid())
 def test_refuses_bad_arguments(op, bad, backend):
     args, kwargs = bad.make()
+    if backend.startswith("device"):
+        if not bad.fake:
+            return  # values of index tensors stay on the GPU: a bad one counts as absent
+        args, kwargs = place((args, kwargs), backend)
     with pytest.raises(RuntimeError, match=bad.match):
         op(*args, **kwargs)
     if bad.fake:
@@ -168,7 +200,9 @@ def gradients(function, args, kwargs, positions):
     outputs = [o for o in as_tuple(function(*args, **kwargs)) if o.is_floating_point() and o.requires_grad]
     draw = torch.Generator().manual_seed(1)
     loss = sum(
-        (o.double().masked_fill(~o.isfinite(), 0) * torch.randn(o.shape, generator=draw, dtype=torch.float64)).sum()
+        (
+            o.double().masked_fill(~o.isfinite(), 0).cpu() * torch.randn(o.shape, generator=draw, dtype=torch.float64)
+        ).sum()
         for o in outputs
     )
     grads = torch.autograd.grad(loss, [args[i] for i in positions], allow_unused=True)
@@ -178,10 +212,11 @@ def gradients(function, args, kwargs, positions):
 @pytest.mark.parametrize("op, case, dtype", grid(gradients=True))
 def test_gradients_match_reference(op, case, dtype, backend):
     args, kwargs = make(case, dtype)
-    actual = gradients(op.overload if backend != "reference" else op, args, kwargs, case.grad)
+    function = op.overload if backend.startswith("native") else op
+    actual = gradients(function, place(args, backend), kwargs, case.grad)
     wide = gradients(op.reference, tuple(widen(a) for a in args), widen(kwargs), case.grad)
     for i, (a, w) in enumerate(zip(actual, wide, strict=True)):
-        assert_close(a, w, 4 * op.tolerance[dtype], f"{op.name} gradient of argument {case.grad[i]}")
+        assert_close(a.cpu(), w, 4 * op.tolerance[dtype], f"{op.name} gradient of argument {case.grad[i]}")
 
 
 @pytest.mark.parametrize("op, case, dtype", grid(with_dtypes=False, gradients=True))
