@@ -54,7 +54,7 @@ def read_records(
     k_slot, k_head, k_token, v_slot, v_head, v_token, b_slot, b_head, slot_chunk, slot_ref,
     k_coarse, k_fine, v_coarse, v_fine,
     K: tl.constexpr, KP: tl.constexpr, LANES: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BIAS: tl.constexpr,
-    PRECISION: tl.constexpr, CODED: tl.constexpr,
+    PRECISION: tl.constexpr, STAGES: tl.constexpr, CODED: tl.constexpr,
     K_B: tl.constexpr, K_N: tl.constexpr, K_M: tl.constexpr, K_MP: tl.constexpr, K_W: tl.constexpr,
     K_WP: tl.constexpr, K_BYTES: tl.constexpr, V_B: tl.constexpr, V_N: tl.constexpr, V_M: tl.constexpr,
     V_MP: tl.constexpr, V_W: tl.constexpr, V_WP: tl.constexpr, V_BYTES: tl.constexpr,
@@ -63,10 +63,9 @@ def read_records(
     `finish_mass`. Coded: q and acc have the columns of `_codec.read_pieces`, of the keys' and the values' book."""
     RECORDS: tl.constexpr = LANES // KP
     d = tl.arange(0, DP)
-    # Gathers from codebooks are not worth a pipeline: addresses of one element each fill the registers.
-    for first in tl.range(0, refs, RECORDS, num_stages=1 if CODED else None):
+    for first in tl.range(0, refs, RECORDS, num_stages=STAGES):
         of_record = tl.full((q.shape[0], RECORDS), float("-inf"), tl.float32)
-        for start in tl.range(0, K, KP, num_stages=1 if CODED else None):
+        for start in tl.range(0, K, KP, num_stages=STAGES):
             slot, token, there = record_lanes(
                 mem_slot, mem_len, chunk, first, start, head, refs, slots, slot_chunk, slot_ref, K, KP, LANES
             )

@@ -46,6 +46,7 @@ def decode_kernel(
     K_WP: tl.constexpr, K_BYTES: tl.constexpr, V_B: tl.constexpr, V_N: tl.constexpr, V_M: tl.constexpr,
     V_MP: tl.constexpr, V_W: tl.constexpr, V_WP: tl.constexpr, V_BYTES: tl.constexpr,
     DEPTH: tl.constexpr, MEM_PRECISION: tl.constexpr, ROT_PRECISION: tl.constexpr, VECTOR: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     q_row, q_head = q_row * VECTOR, q_head * VECTOR
     kc_page, kc_row, kc_head = kc_page * VECTOR, kc_row * VECTOR, kc_head * VECTOR
@@ -91,7 +92,7 @@ def decode_kernel(
         reading, top, total = read_records(
             asking, reading, top, total, mass, place, rows_in, mem_k, mem_v, mem_bias, mem_slot, mem_len, b, head, refs,
             slots, scale, k_slot, k_head, k_token, v_slot, v_head, v_token, b_slot, b_head, slot_chunk, slot_ref,
-            k_coarse, k_fine, v_coarse, v_fine, K, KP, LANES, D, DP, BIAS, MEM_PRECISION, CODED,
+            k_coarse, k_fine, v_coarse, v_fine, K, KP, LANES, D, DP, BIAS, MEM_PRECISION, STAGES, CODED,
             K_B, K_N, K_M, K_MP, K_W, K_WP, K_BYTES, V_B, V_N, V_M, V_MP, V_W, V_WP, V_BYTES,
         )  # fmt: skip
         if CODED:  # through memory, as a tile in registers can neither be cut along a sum nor drop columns
@@ -253,6 +254,8 @@ def launches(
     dense = () if k_book is not None else (mem_k, mem_v)
     constants["VECTOR"] = vector(q, k_cache, v_cache, *dense)
     divide(args, constants["VECTOR"], "q_", "kc_", "vc_", *(() if k_book is not None else RECORD_STRIDES))
+    # Gathers from codebooks are not worth a pipeline: addresses of one element each fill the registers.
+    constants["STAGES"] = tile.stages if k_book is None else 1
     fresh = ("out", "lse", "mass", "part_out", "part_lse")
     grid = (sequences * kv_heads * blocks, parts)
     found = [Launch(decode_kernel, grid, args, constants, tile.warps, tile.stages, fresh)]

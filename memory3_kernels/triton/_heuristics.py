@@ -29,11 +29,12 @@ class RecordTile(NamedTuple):
     padded: int
 
 
-def record_tile(refs: int, tokens: int, dim: int, element_size: int, coded: bool = False) -> RecordTile:
-    """How many record tokens a tile has: all of them if few, at most 64 lanes x 256 bytes (16 KiB each of keys and
-    values, what a context tile takes), at least 16, the smallest product of tensor cores. Coded ones 16: each value of
-    a tile is gathered by an address of its own, and 32 lanes x 128 values fill 255 registers of 128 threads."""
-    most = 16 if coded else max(16, min(64, 16384 // (power_of_two(dim, 16) * element_size)))
+def record_tile(refs: int, tokens: int, dim: int, element_size: int, coded: bool = False,
+                most: int = 64) -> RecordTile:  # fmt: skip
+    """How many record tokens a tile has: all of them if few, at most `most` lanes or 16 KiB each of keys and values,
+    what a context tile takes, at least 16, the smallest product of tensor cores. Coded ones 16: each value of a tile
+    is gathered by an address of its own, and 32 lanes x 128 values fill 255 registers of 128 threads."""
+    most = 16 if coded else max(16, min(most, 16384 // (power_of_two(dim, 16) * element_size)))
     padded = min(power_of_two(max(tokens, 1)), most)
     lanes = min(most, power_of_two(max(refs, 1) * padded, 16))
     return RecordTile(lanes, min(padded, lanes))
@@ -63,3 +64,32 @@ def decode_tile(sequences: int, kv_heads: int, group: int, max_q: int, max_kv: i
     splits = max(1, min(wanted, max_kv // MIN_SPLIT, MAX_SPLITS))
     # Accumulators and keys of 256 values spill with 4 warps.
     return DecodeTile(rows, tokens, splits, warps=8 if dim > 128 else 4, stages=2)
+
+
+class PrefillTile(NamedTuple):
+    rows: int  # M: packed (query, head) rows of a tile
+    tokens: int  # N: context tokens of a tile
+    warps: int
+    stages: int
+
+
+# (M, N) of prefill_tile by the power of two above the head dim, up to: for 2 bytes an element, and for 4.
+PREFILL_TILES = {64: ((128, 64), (32, 32)), 128: ((128, 32), (32, 16)), 256: ((64, 32), (16, 16))}
+
+
+def prefill_tile(packed_rows: int, dim: int, element_size: int) -> PrefillTile:
+    """Tiles of memory_attention for chunks of `packed_rows` = queries x group.
+
+    Per thread a tile keeps M x DP / threads accumulators, the fragments of its queries (half as many registers) and two
+    tiles of scores, M x N / threads each, in 255 registers; 64 + 32 + 2 x 16 of the 128 x 128 x 32 tile and the
+    addresses of copies under way are what fits without spilling on sm_80 (tests/gpu/test_triton_compile.py). Float32
+    takes three products in tf32, whose operands are twice as wide and there twice. Half the rows where chunks would
+    leave more than a fifth of a tile idle: 64 queries x 3 heads are 3 x 64 rows, not 2 x 128.
+    """
+    width = max(64, power_of_two(dim))
+    most, tokens = PREFILL_TILES[width][element_size == 4]
+    rows = min(most, power_of_two(packed_rows, 16))
+    if -(-packed_rows // rows) * rows > 1.2 * packed_rows and rows > 32:
+        rows //= 2
+    wide = rows > 64 or (width > 128 and rows > 32)  # 16 rows per warp; at 256 values two warps share them
+    return PrefillTile(rows, tokens, warps=8 if wide else 4, stages=2)
