@@ -30,11 +30,13 @@ struct DecodeBlock {
   int first_tile, end_tile;  // of the context
 
   M3_DEVICE DecodeBlock(const M3MemoryDecodeParams& p, const DecodePlan& plan) {
-    int64_t at = block_index();
-    part = static_cast<int>(at % plan.parts), at /= plan.parts;
-    row_tile = static_cast<int>(at % plan.row_tiles), at /= plan.row_tiles;
-    head = static_cast<int>(at % p.kv_heads);
-    sequence = at / p.kv_heads;
+    auto at = static_cast<uint32_t>(block_index());
+    const auto parts = static_cast<uint32_t>(plan.parts), tiles_of_rows = static_cast<uint32_t>(plan.row_tiles),
+               heads = static_cast<uint32_t>(p.kv_heads);
+    part = static_cast<int>(at % parts), at /= parts;
+    row_tile = static_cast<int>(at % tiles_of_rows), at /= tiles_of_rows;
+    head = static_cast<int>(at % heads);
+    sequence = at / heads;
     group = static_cast<int>(p.heads / p.kv_heads);
     const int end = clamp_index(p.cu_q[sequence + 1], 0, p.rows);
     first_row = clamp_index(p.cu_q[sequence], 0, end);
@@ -67,33 +69,45 @@ struct Pieces {
   M3_DEVICE static int piece(int i) { return (lane_index() + 32 * i) % (D / 8); }
 };
 
+// How many tokens of the cache a lane's two rows of scores see.
+struct Visible {
+  int tokens[2];
+
+  M3_DEVICE explicit Visible(const DecodeBlock& block) {
+    for (int h = 0; h < 2; ++h) tokens[h] = block.visible(block.row_tile * kTileRows + score_row(2 * h));
+  }
+};
+
 // The cache's first index for a tile of the context, -1 for a page that does not exist. Pages are powers of two of at
 // least a tile: a tile lies in one.
-M3_DEVICE int64_t tile_place(const M3MemoryDecodeParams& p, const DecodeBlock& block, int tile) {
+M3_DEVICE int64_t tile_place(const M3MemoryDecodeParams& p, const DecodePlan& plan, const DecodeBlock& block,
+                             int tile) {
   if (!p.block_table) return block.sequence;
-  const int page = tile * kTileTokens / static_cast<int>(p.page);
+  const int page = tile * kTileTokens >> plan.page_shift;
   const int64_t place = p.block_table[block.sequence * p.max_pages + page];
   return place < p.pages ? place : -1;
 }
 
-// Starts copying tile `tile` of the context: keys to stage[0..16), values behind them.
+// Starts copying tile `tile` of the context: keys to stage[0..16), values behind them. A copy that is not to happen
+// does not look at its address.
 template <class T, int D>
-M3_DEVICE void copy_context(const M3MemoryDecodeParams& p, const DecodeBlock& block, int tile, T* stage) {
+M3_DEVICE void copy_context(const M3MemoryDecodeParams& p, const DecodePlan& plan, const DecodeBlock& block, int tile,
+                            T* stage) {
   const int first = tile * kTileTokens;
-  const int64_t found = tile_place(p, block, tile), place = found < 0 ? 0 : found;
+  const int64_t found = tile_place(p, plan, block, tile), place = found < 0 ? 0 : found;
   const int present = found < 0 ? 0 : block.length - first;
-  const int64_t row = p.block_table ? first % static_cast<int>(p.page) : first;
+  const int row = p.block_table ? first & ((1 << plan.page_shift) - 1) : first;
   const T* k = static_cast<const T*>(p.k_cache) + place * p.k_stride[0] + row * p.k_stride[1] +
                block.head * p.k_stride[2];
   const T* v = static_cast<const T*>(p.v_cache) + place * p.v_stride[0] + row * p.v_stride[1] +
                block.head * p.v_stride[2];
+  const int k_stride = static_cast<int>(p.k_stride[1]), v_stride = static_cast<int>(p.v_stride[1]);  // check_decode
   M3_UNROLL
   for (int i = 0; i < Pieces<D>::kPerLane; ++i) {
     const int r = Pieces<D>::row(i), piece = Pieces<D>::piece(i), c = piece * 8;
-    const bool here = r < present;
     T* to = stage + tile_at<D>(r, piece);
-    copy_async16(to, here ? k + r * p.k_stride[1] + c : k, here);
-    copy_async16(to + kTileTokens * D, here ? v + r * p.v_stride[1] + c : v, here);
+    copy_async16(to, k + (r * k_stride + c), r < present);
+    copy_async16(to + kTileTokens * D, v + (r * v_stride + c), r < present);
   }
 }
 
@@ -114,8 +128,8 @@ M3_DEVICE void copy_memory(const M3Records& memory, const DecodeBlock& block, in
     const bool here = present >> r & 1;
     const int64_t k_row = shuffle(k_at, r), v_row = shuffle(v_at, r);
     T* to = stage + tile_at<D>(r, piece);
-    copy_async16(to, here ? k + k_row + c : k, here);
-    copy_async16(to + kTileTokens * D, here ? v + v_row + c : v, here);
+    copy_async16(to, k + k_row + c, here);
+    copy_async16(to + kTileTokens * D, v + v_row + c, here);
   }
 }
 
@@ -133,13 +147,12 @@ M3_DEVICE void copy_queries(const M3MemoryDecodeParams& p, const DecodeBlock& bl
 }
 
 // Scores of a tile of the context: scaled, and -inf where a row does not see a token.
-M3_DEVICE void mask_context(const M3MemoryDecodeParams& p, const DecodeBlock& block, int tile, float scale,
-                            TileScores& s) {
-  const bool known = tile_place(p, block, tile) >= 0;
+M3_DEVICE void mask_context(const M3MemoryDecodeParams& p, const DecodePlan& plan, const DecodeBlock& block,
+                            const Visible& visible, int tile, float scale, TileScores& s) {
+  const bool known = tile_place(p, plan, block, tile) >= 0;
   M3_UNROLL
   for (int h = 0; h < 2; ++h) {
-    const int visible = block.visible(block.row_tile * kTileRows + score_row(2 * h));
-    const int seen = known ? visible - tile * kTileTokens : 0;
+    const int seen = known ? visible.tokens[h] - tile * kTileTokens : 0;
     M3_UNROLL
     for (int n = 0; n < 2; ++n) {
       M3_UNROLL

@@ -24,7 +24,7 @@ struct Join {
         highest(out + kDecodeWarps * kTileRows * kJoinPitch<D>),
         sum(highest + kDecodeWarps * kTileRows) {}
 
-  // This warp's result to shared memory. All warps must have left their stages.
+  // This warp's result to shared memory.
   template <class T>
   M3_DEVICE void put(const SoftmaxTile<T, D>& tile) {
     float* mine = out + warp_index() * kTileRows * kJoinPitch<D>;
@@ -56,7 +56,8 @@ struct Join {
       factor[w] = exp2_fast(highest[w * kTileRows + row] - most);
       total += factor[w] * sum[w * kTileRows + row];
     }
-    for (int w = 0; w < kDecodeWarps; ++w) factor[w] /= total;
+    const float inverse = 1.0f / total;
+    for (int w = 0; w < kDecodeWarps; ++w) factor[w] *= inverse;
     return most + log2_fast(total);
   }
 
@@ -69,6 +70,15 @@ struct Join {
     }
   }
 };
+
+// The warps' results in shared memory. All warps must have left what was there.
+template <class T, int D>
+M3_DEVICE Join<D> join_warps(const SoftmaxTile<T, D>& softmax) {
+  Join<D> join(shared_memory());
+  join.put(softmax);
+  sync_block();
+  return join;
+}
 
 template <class T>
 M3_DEVICE void store4(T* to, const float (&value)[4]) {
@@ -132,7 +142,8 @@ M3_KERNEL void M3_THREADS(32 * kMergeWarps)
       load16(from, work.out + (part * vectors + at) * D + column);
       for (int i = 0; i < 4; ++i) value[i] += weight * from[i];
     }
-    for (int i = 0; i < 4; ++i) value[i] /= total;
+    const float inverse = 1.0f / total;
+    for (int i = 0; i < 4; ++i) value[i] *= inverse;
   }
   const float lse = most == kMinusInfinity ? kMinusInfinity : most + log2_fast(total);
   if (column < D) store4(static_cast<T*>(p.out) + at * D + column, value);

@@ -7,8 +7,10 @@
 namespace m3::gpu {
 
 inline DecodePlan plan_of(const M3MemoryDecodeParams& p, bool apart) {
-  return decode_plan(p.sequences, p.kv_heads, p.heads / p.kv_heads, p.max_q, p.max_kv, p.memory.refs * p.memory.tokens,
-                     apart);
+  DecodePlan plan = decode_plan(p.sequences, p.kv_heads, p.heads / p.kv_heads, p.max_q, p.max_kv,
+                                p.memory.refs * p.memory.tokens, apart);
+  while (p.block_table && int64_t{1} << plan.page_shift < p.page) ++plan.page_shift;
+  return plan;
 }
 
 // Lays out the workspace from `base`; returns its bytes.
@@ -30,6 +32,11 @@ inline m3_status check_decode(const M3MemoryDecodeParams& p) {
   M3_GPU_TRY(check_rows("q", p.q, p.q_stride, 2));
   M3_GPU_TRY(check_rows("k_cache", p.k_cache, p.k_stride, 3));
   M3_GPU_TRY(check_rows("v_cache", p.v_cache, p.v_stride, 3));
+  // A tile's rows are addressed from its first one with 32 bits; everything else with 64.
+  constexpr int64_t kMostApart = int64_t{1} << 26;
+  if (p.k_stride[1] > kMostApart || p.v_stride[1] > kMostApart)
+    return fail(M3_UNSUPPORTED, "k_cache, v_cache: expected tokens at most %lld elements apart for the CUDA kernel",
+                static_cast<long long>(kMostApart));
   return M3_OK;
 }
 

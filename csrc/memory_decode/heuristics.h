@@ -10,12 +10,18 @@ constexpr int kDecodeTile = 16;   // tokens a warp takes at a time
 constexpr int kDecodeRows = 16;   // query vectors of a block: the M of one mma
 constexpr int kDecodeWarps = 4;
 
-// Enough blocks for two on every SM of an H100 (132), the largest device in the table of docs/gpu.md but one.
+// A block has 64 to 128 tokens under way: 20 to 40 KB at D = 80. One on every SM of an H100 (132) is 2.7 MB, what its
+// memory delivers (3.35 TB/s) in the 0.7 us that an access takes; two are as many on a device of twice the bandwidth.
+// Fewer than one per SM are split until there are two.
+constexpr int64_t kEnoughBlocks = 132;
 constexpr int64_t kWantedBlocks = 264;
 // Every warp has two tiles, or it has nothing to copy while it computes.
 constexpr int64_t kLeastSplit = 2 * kDecodeWarps * kDecodeTile;
-// A part's result is written and read again in fp32: 8 D bytes per query vector and direction, against 4 D bytes per
-// token read. 32 tokens per vector keep that below an eighth.
+// Where there are enough blocks, splits only even out the load, and must pay for one more launch, 2 us: 132 blocks with
+// 1,024 tokens each take 13 us at D = 80.
+constexpr int64_t kLongSplit = 1024;
+// A part's result is written and read again in fp32: 8 D bytes per query vector, against 4 D bytes per token read. 32
+// tokens per vector keep that below a sixteenth.
 constexpr int64_t kTokensPerVector = 32;
 
 struct DecodePlan {
@@ -24,6 +30,7 @@ struct DecodePlan {
   int32_t split_tiles;   // tiles in each
   int32_t memory_tiles;  // tiles of memory tokens
   int32_t parts;         // splits, and one more where memory is a split of its own
+  int32_t page_shift;    // pages are of 2^page_shift tokens
 };
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -35,7 +42,9 @@ inline DecodePlan decode_plan(int64_t sequences, int64_t kv_heads, int64_t group
   const int64_t vectors = max_q * group, row_tiles = ceil_div(vectors, kDecodeRows);
   const int64_t blocks = sequences * kv_heads * row_tiles, tiles = ceil_div(max_kv, kDecodeTile);
   const int64_t in_block = vectors < kDecodeRows ? vectors : kDecodeRows;
-  const int64_t least = in_block * kTokensPerVector > kLeastSplit ? in_block * kTokensPerVector : kLeastSplit;
+  int64_t least = in_block * kTokensPerVector;
+  const int64_t floor = blocks < kEnoughBlocks ? kLeastSplit : kLongSplit;
+  least = least < floor ? floor : least;
   int64_t splits = 1;
   if (blocks > 0 && blocks < kWantedBlocks) {
     const int64_t wanted = ceil_div(kWantedBlocks, blocks), most = max_kv / least;

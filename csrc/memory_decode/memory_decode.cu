@@ -5,18 +5,11 @@
 // for 16 query vectors, the heads of a group (and the new tokens) side by side in the M of mma (decode_block.cuh), and
 // merge_parts joins the parts. docs/ops/memory_decode.md has the traffic; alone: nvcc -std=c++17 -O3 -arch=sm_80
 // -Icsrc -Icsrc/include -cubin csrc/memory_decode/memory_decode.cu
-#include <type_traits>
-
 #include "m3/cuda.h"
 #include "memory_decode/decode_launch.cuh"
+#include "memory_decode/decode_loop.cuh"
 
 namespace m3::gpu {
-
-template <int D>
-constexpr int kStageElements = 2 * kTileTokens * D;  // keys and values
-
-template <int D>
-constexpr int kDecodeShared = (kTileRows * D + kDecodeWarps * kDecodeStages * kStageElements<D>) * 2;
 
 template <class T, int D>
 M3_KERNEL void M3_THREADS(kDecodeThreads, kDecodeResident)
@@ -25,51 +18,25 @@ M3_KERNEL void M3_THREADS(kDecodeThreads, kDecodeResident)
   if (block.vectors <= 0) return;
   // Tiles of this part: memory's first, then the context's.
   const bool has_memory = plan.parts > plan.splits ? block.part == plan.splits : block.part == 0;
-  const int memory_tiles = has_memory ? plan.memory_tiles : 0;
-  const int tiles = memory_tiles + block.end_tile - block.first_tile;
+  const int memory_tiles = has_memory ? plan.memory_tiles : 0, before = block.first_tile - memory_tiles;
   const int from = record_head(p.memory, block.head);
-
-  T* queries = reinterpret_cast<T*>(shared_memory());
-  T* stages = queries + kTileRows * D + warp_index() * kDecodeStages * kStageElements<D>;
-  const auto copy = [&](int i, int stage) {
-    const int tile = warp_index() + i * kDecodeWarps;
-    if (tile < memory_tiles)
-      copy_memory<T, D>(p.memory, block, from, tile, stages + stage * kStageElements<D>);
-    else if (tile < tiles)
-      copy_context<T, D>(p, block, block.first_tile + tile - memory_tiles, stages + stage * kStageElements<D>);
-    commit_copies();
-  };
-
-  copy_queries<T, D>(p, block, queries);
-  commit_copies();
-  for (int i = 0; i < kDecodeStages - 1; ++i) copy(i, i);
-  wait_copies<kDecodeStages - 1>();
-  sync_block();
-  QueryFragments<T, D> q;
-  q.load(queries);
-
-  SoftmaxTile<T, D> softmax;
   const float scale = p.scale * kLog2e;
-  for (int i = 0; warp_index() + i * kDecodeWarps < tiles; ++i) {
-    copy(i + kDecodeStages - 1, (i + kDecodeStages - 1) % kDecodeStages);
-    wait_copies<kDecodeStages - 1>();
-    sync_warp();
-    const int tile = warp_index() + i * kDecodeWarps;
-    const T* keys = stages + i % kDecodeStages * kStageElements<D>;
-    TileScores s = {};
-    q.scores(keys, s);
+  const Visible visible(block);
+  const auto start = [&](int tile, T* stage) {
+    if (tile < memory_tiles)
+      copy_memory<T, D>(p.memory, block, from, tile, stage);
+    else
+      copy_context<T, D>(p, plan, block, before + tile, stage);
+  };
+  const auto mask = [&](int tile, TileScores& s) {
     if (tile < memory_tiles)
       bias_memory(p, block, from, tile, scale, work.score, s);
     else
-      mask_context(p, block, block.first_tile + tile - memory_tiles, scale, s);
-    softmax.absorb(s, keys + kTileTokens * D);
-    sync_warp();
-  }
-  softmax.finish();
-  sync_block();
-  Join<D> join(shared_memory());
-  join.put(softmax);
-  sync_block();
+      mask_context(p, plan, block, visible, before + tile, scale, s);
+  };
+  SoftmaxTile<T, D> softmax;
+  attend_tiles<T, D>(p, block, block.end_tile - before, start, mask, softmax);
+  const Join<D> join = join_warps<T, D>(softmax);
   write_rows<T, D>(p, plan, work, block, join);
 }
 

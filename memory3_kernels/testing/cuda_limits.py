@@ -17,6 +17,7 @@ TENSOR_CORE, MATRIX_LOAD, ASYNC_COPY = "HMMA", "LDSM", r"LDGSTS.*\.128"
 LOCAL = "(LDL|STL)"
 # One element at a time where a whole row is meant.
 NARROW = r"(LDG|STG)\.E\.(U16|U8|S16|S8)"
+NARROW_STORE = r"STG\.E\.(U16|U8|S16|S8)"
 
 
 @dataclass(frozen=True)
@@ -42,8 +43,12 @@ class Limits:
 
 
 _MATRIX = (TENSOR_CORE, MATRIX_LOAD)
+COPY = (r"LDG\.E\.128", r"STG\.E\.128")
 
 LIMITS: dict[str, Limits] = {
     "memory_decode_kernel": Limits(128, 3, (*_MATRIX, ASYNC_COPY)),
     "merge_parts": Limits(128, 8, (r"LDG\.E\.128",)),
+    # Tables of float16 with pieces of an odd width are read element by element.
+    "memory_decode_coded_kernel": Limits(128, 3, (*_MATRIX, ASYNC_COPY), (LOCAL, NARROW_STORE)),
+    "merge_states_kernel": Limits(256, 8, COPY),
 }

@@ -15,6 +15,8 @@ from simt import build, cases, host, ptx
 
 from memory3_kernels._registry import OPS
 from memory3_kernels.ops import _attention_cases as samples
+from memory3_kernels.ops import merge_attention_states as merge
+from memory3_kernels.ops.memory_decode import decode_cost
 from memory3_kernels.testing.compare import as_tuple
 from memory3_kernels.testing.cuda_limits import SHARED_LIMIT
 
@@ -48,9 +50,11 @@ def test_matches_reference(name, case, dtype):
         assert result["shared_bytes"] <= min(SHARED_LIMIT.values())
 
 
-def moved(run) -> int:
-    """Bytes between the chip and its memory, were every byte moved once per launch."""
-    return sum(r["unique"]["read_bytes"] + r["unique"]["written_bytes"] for _, r in run.results)
+def moved(run, apart: tuple[torch.Tensor, ...] = ()) -> int:
+    """Bytes between the chip and its memory, were every byte moved once per launch; without the tensors `apart`."""
+    sizes = {t.nbytes for t in apart}
+    kept = [a for _, r in run.results for a in r["unique"]["allocations"] if a["size"] not in sizes]
+    return sum(a["read_bytes"] + a["written_bytes"] for a in kept)
 
 
 def assert_few_conflicts(run) -> None:
@@ -61,16 +65,54 @@ def assert_few_conflicts(run) -> None:
             assert passes <= 1.1 * ideal, f"{kernel}: {kind} takes {passes} passes, {ideal} were possible"
 
 
-@pytest.mark.parametrize("dim", (64, 80, 128) if FULL else (80,))
-@pytest.mark.parametrize("batch, heads, context", [(4, (40, 8), 256), (1, (20, 4), 1024)])
+DIMS = (64, 80, 128) if FULL else (80,)
+DECODE_SHAPES = [(4, (40, 8), 256), (1, (20, 4), 1024)]  # sequences, heads, context
+
+
+def decode_spec(batch, heads, context, dim) -> samples.Spec:
+    return samples.Spec(
+        heads=heads, dim=dim, sequences=((1, context),) * batch, refs=5, tokens=8, slots=5 * batch, spare=0, arena=True
+    )
+
+
+@pytest.mark.parametrize("dim", DIMS)
+@pytest.mark.parametrize("batch, heads, context", DECODE_SHAPES)
 def test_decode_traffic(batch, heads, dim, context):
     """At most 1.15 times what has to be moved, in whole sectors; no detours in shared memory."""
-    spec = samples.Spec(
-        heads=heads, dim=dim, sequences=((1, context),) * batch, refs=5, tokens=8, slots=5 * batch, spare=0
+    args, kwargs = samples.decode_sample(decode_spec(batch, heads, context, dim))(
+        torch.bfloat16, torch.Generator().manual_seed(0)
     )
-    args, kwargs = samples.decode_sample(spec)(torch.bfloat16, torch.Generator().manual_seed(0))
     with ptx.running("memory_decode", one_shape=not FULL) as run:
         host.call("memory_decode", *args, **kwargs)
     assert moved(run) <= 1.15 * OPS["memory_decode"].cost(*args, **kwargs).bytes
     assert all(result["async_copy"]["efficiency"] >= 0.9 for _, result in run.results)
     assert_few_conflicts(run)
+
+
+@pytest.mark.parametrize("dim", DIMS)
+@pytest.mark.parametrize("half_tables", (False, True))
+@pytest.mark.parametrize("batch, heads, context", DECODE_SHAPES)
+def test_coded_decode_traffic(batch, heads, dim, context, half_tables):
+    """The same, with the paper's codes; the books are counted apart: at most what the tables and rotations hold."""
+    args, kwargs = samples.coded_sample(decode_spec(batch, heads, context, dim), (14, 8, 10), half_tables)(
+        torch.bfloat16, torch.Generator().manual_seed(0)
+    )
+    with ptx.running("memory_decode_coded", one_shape=not FULL) as run:
+        host.call("memory_decode_coded", *args, **kwargs)
+    books = tuple(t for t in args[12:] if t is not None)
+    token_bytes = 2 * 14 * heads[1]
+    least = decode_cost(args[0], args[1], args[3], args[5], args[8], args[9], token_bytes).bytes
+    assert moved(run, books) <= 1.15 * least
+    assert moved(run) - moved(run, books) <= OPS["memory_decode_coded"].cost(*args, **kwargs).bytes - least
+    assert all(result["async_copy"]["efficiency"] >= 0.9 for _, result in run.results)
+    assert_few_conflicts(run)
+
+
+def test_merge_traffic():
+    """Every byte once, in whole sectors."""
+    args, kwargs = merge._sample(64, 40, 80)(torch.bfloat16, torch.Generator().manual_seed(0))
+    with ptx.running("merge_attention_states", one_shape=not FULL) as run:
+        host.call("merge_attention_states", *args, **kwargs)
+    assert moved(run) == OPS["merge_attention_states"].cost(*args, **kwargs).bytes
+    ((_, result),) = run.results
+    assert result["global_load"]["efficiency"] >= 0.9 and result["global_store"]["efficiency"] >= 0.9

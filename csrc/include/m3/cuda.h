@@ -7,6 +7,8 @@
 #define M3_CUDA_H
 
 #include "m3/memory_decode.h"
+#include "m3/memory_decode_coded.h"
+#include "m3/merge_attention_states.h"
 
 #ifdef __cplusplus
 extern "C" {
@@ -22,6 +24,11 @@ M3_API void m3_cuda_dry_run(int on);
 /* A workspace is device memory of at least the bytes m3_<op>_cuda_workspace gives, aligned to 16; null where that is 0. */
 M3_API int64_t m3_memory_decode_cuda_workspace(const M3MemoryDecodeParams* params);
 M3_API m3_status m3_memory_decode_cuda(const M3MemoryDecodeParams* params, void* workspace, void* stream);
+
+M3_API int64_t m3_memory_decode_coded_cuda_workspace(const M3MemoryDecodeCodedParams* params);
+M3_API m3_status m3_memory_decode_coded_cuda(const M3MemoryDecodeCodedParams* params, void* workspace, void* stream);
+
+M3_API m3_status m3_merge_attention_states_cuda(const M3MergeAttentionStatesParams* params, void* stream);
 
 #ifdef __cplusplus
 }
