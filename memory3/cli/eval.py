@@ -48,6 +48,10 @@ def run(
     ablate: Annotated[
         bool, typer.Option("--ablate", help="Tables that need no training instead: tokens, layers, rules, codecs.")
     ] = False,
+    text: Annotated[
+        list[Path] | None, typer.Option(help="General text to compare readers on, without memory: files or folders.")
+    ] = None,
+    windows: Annotated[int, typer.Option(min=1, help="Pieces of 256 tokens of each --text.")] = 100,
     seed: Annotated[int, typer.Option(help="Draws the questions.")] = 0,
     model: ModelOption = DEFAULT_MODEL,
     threads: ThreadsOption = 0,
@@ -55,7 +59,9 @@ def run(
     """Ask questions with no memory, with memories, and with text, and compare."""
     from ..embed import Embedder
     from ..eval.arms import ablations, main_arms
+    from ..eval.general import general_losses
     from ..eval.load import about, books, load_readers
+    from ..eval.report import difference, table
     from ..eval.run import Evaluation, Plan
     from ..eval.sets import BENCHMARKS, SETS
 
@@ -89,6 +95,16 @@ def run(
             results = evaluation.run(part, tick)
         report["tables"][name] = _summary(results)
         _show(name, report["tables"][name]["rows"])
+    if text:
+        with _bar("general text", len(readers) * windows * len(text)) as tick:
+            results = general_losses(readers, tokenizer, text, windows, seed, tick)
+        rises = {
+            name: difference(results, f"{name}: no memory", "original: no memory")
+            for name in readers
+            if name != "original"
+        }
+        report["general text"] = {"rows": table(results), "against the original": rises}
+        _show("general text, nats per token", report["general text"]["rows"])
     report["seconds"] = round(time.monotonic() - began, 1)
     json_file.parent.mkdir(parents=True, exist_ok=True)
     json_file.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
