@@ -5,9 +5,10 @@ from __future__ import annotations
 import argparse
 import sys
 
-from . import decode, engine, loop, run
+from . import decode, engine, gpu, loop, run
 
 COMMANDS = {"run": run, "loop": loop, "engine": engine, "decode": decode}
+COMMANDS |= gpu.COMMANDS
 
 
 def parser() -> argparse.ArgumentParser:

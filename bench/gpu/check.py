@@ -1,0 +1,104 @@
+"""Tests, sanitizers and measurements of every GPU kernel on this machine's GPU, beside their predictions.
+
+    python -m bench gpu-check                   writes gpu-check.json and gpu-check.md
+    python -m bench gpu-check --skip tests sanitizers --op memory_decode
+
+Exit code 0: everything passed; 1: something failed; 2: there is no GPU (nothing is written).
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from memory3_kernels import _cuda, doctor
+
+from .. import environment
+from ..report import document, progress, write_json
+from . import devices, measure, shapes, steps
+from .clock import Clock
+from .markdown import render
+
+PARTS = ("tests", "sanitizers", "ops", "decode")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--out", metavar="NAME", type=Path, default=Path("gpu-check"), help="NAME.json and NAME.md")
+    parser.add_argument("--skip", nargs="+", choices=PARTS, default=[], help="leave these parts out")
+    parser.add_argument(
+        "--op", nargs="+", choices=sorted(shapes.CALLS), default=list(shapes.CALLS), help="default: all"
+    )
+    parser.add_argument("--rounds", type=int, default=30, help="measurements of each arm (default 30)")
+
+
+def missing() -> str | None:
+    """Why there is nothing to check, or None."""
+    if not torch.backends.cuda.is_built():
+        return f"torch {torch.__version__} is a build without CUDA: pip install torch from download.pytorch.org"
+    if not torch.cuda.is_available():
+        return "torch finds no CUDA device (no GPU, or no driver)"
+    return None
+
+
+def about() -> dict[str, Any]:
+    properties = torch.cuda.get_device_properties(0)
+    return {
+        "name": properties.name,
+        "capability": f"{properties.major}.{properties.minor}",
+        "memory_bytes": properties.total_memory,
+        "sms": properties.multi_processor_count,
+        "l2_bytes": properties.L2_cache_size,
+        "cuda_of_torch": torch.version.cuda,
+        "archs": _cuda.archs(),
+        "cuda_kernels": _cuda.reason() or _cuda.device_refused(0) or "in use",
+        "peers": {name: environment.version(name) for name in ("flash-attn", "flashinfer-python", "triton")},
+    }
+
+
+def main(args: argparse.Namespace) -> int:
+    reason = missing()
+    if reason is not None:
+        print(f"gpu-check: {reason}. Nothing was checked.", file=sys.stderr)
+        print("What is known without a GPU: python -m bench gpu-proof; predictions: python -m bench roofline.")
+        return 2
+    gpu = about()
+    known = devices.like(gpu["name"])
+    done: list[steps.Step] = []
+    if "tests" not in args.skip:
+        done.append(steps.tests())
+    if "sanitizers" not in args.skip:
+        done += [steps.sanitizer(tool) for tool in steps.TOOLS]
+    clock = Clock(gpu["l2_bytes"])
+    rows, table = [], []
+    if "ops" not in args.skip:
+        work = [(op, shape) for op in args.op for shape in shapes.SHAPES.values()]
+        with progress("ops", len(work)) as count:
+            for op, shape in work:
+                rows += count(measure.measure(op, shape, clock, known, args.rounds))
+                torch.cuda.empty_cache()
+    if "decode" not in args.skip:
+        table = measure.decode_table(clock, known, args.rounds)
+    report = document(
+        "gpu-check",
+        {"rounds": args.rounds, "skipped": args.skip},
+        environment.describe() | {"gpu": gpu, "doctor": doctor.examine()["cuda"]["kernels"]},
+        rows, steps=[asdict(step) for step in done], decode=table, data_sheet=known and asdict(known),
+    )  # fmt: skip
+    write_json(args.out.with_suffix(".json"), report)
+    text = render(report)
+    args.out.with_suffix(".md").write_text(text, encoding="utf-8")
+    print(text)
+    return verdict(report)
+
+
+def verdict(report: dict[str, Any]) -> int:
+    """1 where a step failed, or a kernel of ours that should run here has no time."""
+    failed = any(step["verdict"] == "failed" for step in report["steps"])
+    ours = [row for row in report["rows"] + report["decode"] if row["kind"] == "op" and row["backend"] != "reference"]
+    untimed = [row for row in ours if row["reason"] and "has no" not in row["reason"]]
+    return 1 if failed or untimed else 0

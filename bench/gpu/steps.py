@@ -1,0 +1,74 @@
+"""What gpu-check runs in processes of their own: the op tests, and the same under compute-sanitizer."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+TESTS = ("tests/test_ops.py", "tests/gpu/test_device.py")
+# One case of each op and type is enough for the sanitizer, which is some hundred times slower.
+SANITIZED = ("tests/gpu/test_device.py",)
+TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
+FOUND = 99  # exit code of compute-sanitizer where it has findings
+
+
+@dataclass(frozen=True)
+class Step:
+    """`verdict`: passed, failed, or skipped (then `detail` says why)."""
+
+    name: str
+    verdict: str
+    detail: str
+    seconds: float = 0.0
+
+
+def _pytest(files: tuple[str, ...], *options: str) -> list[str]:
+    return [sys.executable, "-m", "pytest", *files, *options]
+
+
+def _run(name: str, command: list[str], timeout: float) -> tuple[subprocess.CompletedProcess | None, float]:
+    import time
+
+    begin = time.monotonic()
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT / "tests"), str(ROOT)])}
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=timeout, errors="replace"
+        )
+    except subprocess.TimeoutExpired:
+        done = None
+    return done, time.monotonic() - begin
+
+
+def tests(timeout: float = 3600) -> Step:
+    """Every op x backend on the GPU."""
+    done, seconds = _run("tests", _pytest(TESTS, "-k", "device or cuda_kernels or captured"), timeout)
+    if done is None:
+        return Step("tests", "failed", f"not done after {timeout:.0f} s", seconds)
+    last = done.stdout.strip().splitlines()[-1:] or [done.stderr[-300:]]
+    failures = re.findall(r"^FAILED (.*)$", done.stdout, re.MULTILINE)
+    detail = last[0] if not failures else last[0] + "; " + "; ".join(failures[:20])
+    passed = done.returncode == 0 and " passed" in last[0]
+    return Step("tests", "passed" if passed else "failed", detail, seconds)
+
+
+def sanitizer(tool: str, timeout: float = 3600) -> Step:
+    """The CUDA kernels under one tool of compute-sanitizer."""
+    program = shutil.which("compute-sanitizer")
+    if program is None:
+        return Step(tool, "skipped", "compute-sanitizer is not installed (CUDA toolkit, or nvidia-cuda-sanitizer-api)")
+    command = [program, "--tool", tool, "--error-exitcode", str(FOUND), "--target-processes", "all", "--print-limit",
+               "20", *_pytest(SANITIZED, "-k", "cuda_kernels", "-p", "no:faulthandler")]  # fmt: skip
+    done, seconds = _run(tool, command, timeout)
+    if done is None:
+        return Step(tool, "failed", f"not done after {timeout:.0f} s", seconds)
+    said = re.findall(r"^=+ (.*)$", done.stdout + done.stderr, re.MULTILINE)
+    summary = next((line for line in reversed(said) if "SUMMARY" in line), f"exit code {done.returncode}")
+    detail = summary if done.returncode == 0 else summary + "; " + "; ".join(said[:20])
+    return Step(tool, "passed" if done.returncode == 0 else "failed", detail, seconds)
