@@ -74,9 +74,10 @@ def run(
     began = time.monotonic()
     readers, tokenizer = load_readers(model, adapter, closed_book=closed_book, text_reader=text_reader)
     net = readers["original"].net
+    settings = about(model, readers, adapted=adapter, closed_book=closed_book, reader_of_text=text_reader)
+    plan = Plan(counts, 0 if ablate else spoken, seed)
     evaluation = Evaluation(
-        readers, tokenizer, Embedder(), Plan(counts, spoken if not ablate else 0, seed), folder,
-        codecs=books(model, adapter), about=about(model, readers, adapter, closed_book, text_reader),
+        readers, tokenizer, Embedder(), plan, folder, codecs=books(model, adapter), about=settings,
         notify=lambda what: err.print(f"[dim]{what}[/dim]"),
     )  # fmt: skip
     if ablate:

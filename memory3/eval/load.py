@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -45,16 +46,15 @@ def load_readers(
     return readers, original.tokenizer
 
 
-def about(source: str | Path, readers: dict[str, Reader], *adapters: Any) -> dict[str, Any]:
-    """What answers depend on: checkpoint, adapters by hash, memory configuration."""
-    import dataclasses
-
-    hashes = []
-    for adapter in adapters:
-        folder = None if adapter in (None, "none") else adapter_folder(adapter, source)
-        hashes.append(folder and hash_files([folder / WEIGHTS])[:32])
+def about(source: str | Path, readers: dict[str, Reader], **adapters: Any) -> dict[str, Any]:
+    """What answers depend on: checkpoint, memory configuration, and of each reader its adapter's hash."""
+    hashes: dict[str, str | None] = {"original": None}
+    for name, adapter in adapters.items():
+        if adapter not in (None, "none"):
+            file = adapter_folder(adapter, source) / WEIGHTS
+            hashes[name.replace("_", " ")] = hash_files([file])[:32]
     memory = readers["original"].net.memory
-    return {"model": str(source), "adapters": hashes, "memory": dataclasses.asdict(memory)}
+    return {"model": str(source), "readers": hashes, "memory": dataclasses.asdict(memory)}
 
 
 def books(source: str | Path, adapter: str | None) -> list[Codec]:

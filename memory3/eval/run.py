@@ -106,11 +106,17 @@ class Evaluation:
                 self.results[row["arm"], row["set"], row["id"]] = row
 
     def _settle(self, settings: Mapping[str, Any]) -> None:
+        """Compare with what the folder was begun with; readers may be added, as answers are kept by reader."""
         file = self.folder / "settings.json"
-        text = json.dumps(settings, sort_keys=True, indent=1)
-        if file.is_file() and file.read_text(encoding="utf-8") != text:
-            raise ValueError(f"{self.folder} holds answers of other weights or another seed; give another folder")
-        file.write_text(text, encoding="utf-8")
+        settings = json.loads(json.dumps(settings))
+        if file.is_file():
+            before = json.loads(file.read_text(encoding="utf-8"))
+            readers = {**before.get("readers", {}), **settings.get("readers", {})}
+            changed = {**before, "readers": readers} != {**before, **settings, "readers": readers}
+            if changed or any(readers[name] != value for name, value in before.get("readers", {}).items()):
+                raise ValueError(f"{self.folder} holds answers of other weights or another seed; give another folder")
+            settings = {**settings, "readers": readers}
+        file.write_text(json.dumps(settings, sort_keys=True, indent=1) + "\n", encoding="utf-8")
 
     def _kept(self, question: Question, row: Sequence[int], among: References) -> list[int]:
         """What was found, without references that say what is asked (equation 6, above 2/3)."""
@@ -231,7 +237,8 @@ class Evaluation:
         if key not in self._writers:
             net = writer.with_memory(memory)
             codec = self._codec(arm.codec, net, memory) if arm.codec else None
-            self._writers[key] = Writer(net, among, codec, arm.refit)
+            plain = self._writer(replace(arm, codec=None), memory, among) if arm.codec else None
+            self._writers[key] = Writer(net, among, codec, arm.refit, plain)
         return self._writers[key]
 
     def _codec(self, spec: str, net: Llama, memory: Any) -> Codec:

@@ -24,10 +24,16 @@ BATCH = 8
 
 
 class Writer:
-    """Writes references of one knowledge base with one net and its memory configuration."""
+    """Writes references of one knowledge base with one net and its memory configuration.
 
-    def __init__(self, net: Llama, among: References, codec: Codec | None = None, refit: str = "") -> None:
-        self.net, self.among, self.codec, self.refit = net, among, codec, refit
+    codec   memories are encoded and decoded; plain: a writer of the same memories without the codec, to take them from
+    refit   as memory3.eval.arms.Arm
+    """
+
+    def __init__(
+        self, net: Llama, among: References, codec: Codec | None = None, refit: str = "", plain: Writer | None = None
+    ) -> None:
+        self.net, self.among, self.codec, self.refit, self._plain = net, among, codec, refit, plain
         with torch.no_grad():
             self.prefix = net.encode_prefix(net.memory.prefix_ids, net.memory.span)
         shape = net.memory.record_shape(net.config)
@@ -57,11 +63,10 @@ class Writer:
 
     def _write(self, numbers: Sequence[int]) -> list[tuple[Tensor, Tensor | None]]:
         net, memory = self.net, self.net.memory
+        if self.codec is not None:
+            return self._coded(self._plain(numbers))
         references = [self.among.tokens[n][: memory.span] for n in numbers]
         kv, pos = encode_references(net, memory, self.prefix, references)
-        if self.codec is not None:
-            layout = Layout(*memory.record_shape(net.config)[:1], *memory.record_shape(net.config)[2:], kv.dtype)
-            kv = self.codec.decode(self.codec.encode(kv), layout)
         out = []
         for i, reference in enumerate(references):
             one, bias = kv[i].clone(), None
@@ -69,6 +74,13 @@ class Writer:
                 one, bias = self._refitted(reference, one, pos[i])
             out.append((one, bias))
         return out
+
+    def _coded(self, loaded: Loaded) -> list[tuple[Tensor, Tensor | None]]:
+        """In the order they were asked for, which is that of the slots."""
+        layers, _, heads, tokens, dim = loaded.kv.shape[1:]
+        kv = self.codec.decode(self.codec.encode(loaded.kv), Layout(layers, heads, tokens, dim, loaded.kv.dtype))
+        biases = [None] * len(kv) if loaded.bias is None else list(loaded.bias)
+        return [(one.clone(), bias) for one, bias in zip(kv, biases, strict=True)]
 
     def _refitted(self, reference: Sequence[int], kv: Tensor, pos: Tensor) -> tuple[Tensor, Tensor]:
         """The memory with bias and values fitted to what the reference's own queries would read from all its tokens."""

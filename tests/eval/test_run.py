@@ -39,10 +39,10 @@ def made(monkeypatch):
     monkeypatch.setattr(running, "questions", made_questions)
 
 
-def evaluation(folder, count=10, readers=None, **about):
-    readers = readers or {"original": Reader(MODEL.net, MODEL.net)}
+def evaluation(folder, count=10, nets=None, **about):
+    nets = nets or {"original": Reader(MODEL.net, MODEL.net)}
     plan = Plan({"squad": count, "vera": count // 2}, generate=2)
-    return Evaluation(readers, MODEL.tokenizer, HashEmbedder(), plan, folder, about=about)
+    return Evaluation(nets, MODEL.tokenizer, HashEmbedder(), plan, folder, about=about)
 
 
 NONE = Arm("none")
@@ -126,8 +126,11 @@ def test_a_stopped_evaluation_goes_on(tmp_path):
     for key, row in whole.items():
         assert resumed[key]["loss"] == pytest.approx(row["loss"], rel=1e-5) and resumed[key]["gold"] == row["gold"]
     assert {r["arm"] for r in evaluation(tmp_path / "cut").run([MEMORY])} == {"memory"}
+    evaluation(tmp_path / "cut", readers={"original": None, "adapted": "one"})  # a reader may come to it
     with pytest.raises(ValueError, match="other weights"):
-        evaluation(tmp_path / "cut", adapters=["another"])
+        evaluation(tmp_path / "cut", readers={"original": None, "adapted": "another"})
+    with pytest.raises(ValueError, match="other weights"):
+        evaluation(tmp_path / "cut", memory={"tokens": 4})
 
 
 def test_answers_in_words(tmp_path):
@@ -165,7 +168,7 @@ def test_an_adapter_reads_what_the_checkpoint_wrote(tmp_path):
     other = make_model(seed=1)
     both = {"original": Reader(MODEL.net, MODEL.net), "adapted": Reader(other.net, MODEL.net)}
     arms = [MEMORY, replace(MEMORY, name="adapted", reader="adapted")]
-    found = evaluation(tmp_path, count=4, readers=both)
+    found = evaluation(tmp_path, count=4, nets=both)
     rows = {(r["arm"], r["id"]): r["loss"] for r in found.run(arms)}
     assert len(found._writers) == 2  # one per knowledge base, shared by both readers
     assert all(abs(rows["memory", i] - rows["adapted", i]) > 1e-3 for a, i in rows if a == "memory")
