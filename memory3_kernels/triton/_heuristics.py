@@ -93,3 +93,26 @@ def prefill_tile(packed_rows: int, dim: int, element_size: int) -> PrefillTile:
         rows //= 2
     wide = rows > 64 or (width > 128 and rows > 32)  # 16 rows per warp; at 256 values two warps share them
     return PrefillTile(rows, tokens, warps=8 if wide else 4, stages=2)
+
+
+class SelectTile(NamedTuple):
+    rows: int  # M: packed (query, head) rows of a tile
+    keys: int  # N: keys of a tile
+    whole: bool  # one tile holds every key: no pass for the rows' sums
+    warps: int
+    stages: int
+
+
+def select_tile(keys: int, dim: int, element_size: int) -> SelectTile:
+    """Tiles of select_tokens, for references of `keys` rows.
+
+    All keys of a reference in one tile up to 64 KiB, beside the query tiles' 2 x 16 KiB within the 99 KiB of sm_86;
+    else 32 KiB. Scores and column sums, up to three float32 tiles of M x N values, are 96 registers of 256 threads:
+    there is one program per (reference, KV head), often fewer than multiprocessors, so that it takes 8 warps of each.
+    Half of all that for float32, whose products in three parts have operands of twice the size.
+    """
+    row, part = power_of_two(dim, 16) * element_size, element_size // 2
+    wanted = power_of_two(max(keys, 1), 16)
+    whole = wanted <= 256 and wanted * row <= 65536 // part
+    tile = wanted if whole else min(wanted, 128, max(16, 32768 // part // row))
+    return SelectTile(rows=max(16, min(64, 8192 // tile) // part), keys=tile, whole=whole, warps=8, stages=2)

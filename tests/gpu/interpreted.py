@@ -17,12 +17,14 @@ from torch import Tensor
 from memory3_kernels import triton, use_backend
 from memory3_kernels.testing.compare import assert_close, widen
 from memory3_kernels.testing.triton_interpreter import install
+from memory3_kernels.triton import _heuristics
 
 if not triton.interpreted():
     raise RuntimeError("set TRITON_INTERPRET=1 before pytest starts")
 install()
 
 FULL = os.environ.get("M3_PROOF") == "full"
+LONG = ("received-N2_T40_H6-2_D64_K8", "exp-N2_T40_H6-2_D64_K8", "causal-group5_T70_D80", "received-twins_T32")
 
 
 def grid(every: int = 1, gradients: bool = False) -> list:
@@ -86,3 +88,12 @@ def test_refuses_bad_arguments(op, bad, monkeypatch):
     args, kwargs = bad.make()
     with pytest.raises(RuntimeError, match=bad.match):
         op(*args, **kwargs)
+
+
+@pytest.mark.parametrize("op, case, dtype", [p for p in grid() if p.values[1].id in LONG])
+def test_select_tokens_in_two_passes(op, case, dtype, monkeypatch):
+    """References longer than a tile of keys: as if a tile had 16."""
+    tile = _heuristics.SelectTile(rows=64, keys=16, whole=False, warps=8, stages=2)
+    monkeypatch.setattr(_heuristics, "select_tile", lambda *sizes: tile)
+    args, kwargs = test_ops.make(case, dtype)
+    test_ops.check(op, test_ops.run(op, args, kwargs), args, kwargs, op.tolerance[dtype])
