@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 import sys
 
-from . import decode, engine, gpu, loop, run
+from . import compare, decode, engine, gpu, loop, run
 
-COMMANDS = {"run": run, "loop": loop, "engine": engine, "decode": decode}
+COMMANDS = {"run": run, "loop": loop, "engine": engine, "decode": decode, "compare": compare}
 COMMANDS |= gpu.COMMANDS
 
 
