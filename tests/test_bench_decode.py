@@ -291,6 +291,21 @@ def test_llama_arms_count_retrieval(tmp_path):
     assert "llama.cpp" not in arms.build(SETTING, model, None, None, ["llama.cpp"], peer)
 
 
+def test_a_run_that_writes_is_made_again():
+    """Records that were missing the first time are there the second time, and only that one counts."""
+    runs, restarts = [], []
+    stored = [10]
+
+    def run(prompts, new):
+        runs.append(len(runs))
+        stored[0] += len(runs) == 1
+        return Stats(batch=1, new_tokens=len(runs))
+
+    arm = arms.Arm("memory-vq", run, lambda: restarts.append(1), lambda: stored[0])
+    assert arms.timed(arm, [[1]], 1)["new_tokens"] == 2 and len(restarts) == 2
+    assert arms.timed(arm, [[1]], 1)["new_tokens"] == 3 and len(restarts) == 3
+
+
 @pytest.fixture
 def tiny(tmp_path, monkeypatch):
     """The command on a tiny model and bank; what it takes from the corpus and the machine is given."""

@@ -6,7 +6,8 @@ per round, every round with other questions, another arm first each time. Protoc
   worst   every memory of a run is another one, slots emptied and the bank's pages evicted before it; the arms that read
           records, beside the plain loop
 A file given with --json is gone on with: rounds it has are kept, so that a measurement may be taken in slices
-(--minutes). Run with --prepare first: memories are written when they are first retrieved, and that must not be timed.
+(--minutes). Memories are written when they are first retrieved; a run that does so is made again. --prepare does it
+beforehand, when time is cheaper.
 """
 
 from __future__ import annotations
