@@ -193,8 +193,8 @@ def add_cuda(
 
     objects = [ninja.compile(source, stable) for source in sorted((CSRC / "torch" / "cuda").glob("*.cpp"))]
     ninja.link(lib_dir / "libm3_torch_cuda.so", objects, [
-        f"-L{lib_dir}", f"-l:{toolkit.library}", f"-L{torch_dir}/lib", "-ltorch_cpu", "-lc10",
-        "-Wl,-rpath,'$$ORIGIN'", "-Wl,-z,defs"], after=(kernels,))  # fmt: skip
+        f"-L{lib_dir}", f"-l:{toolkit.library}", "-lm3_cpu", f"-L{torch_dir}/lib", "-ltorch_cpu", "-lc10",
+        "-Wl,-rpath,'$$ORIGIN'", "-Wl,-z,defs"], after=(kernels, lib_dir / "libm3_cpu.so"))  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -19,6 +19,8 @@ m3_status validate(const M3MemoryDecodeParams& p) {
 
 }  // namespace m3
 
+m3_status m3_memory_decode_check(const M3MemoryDecodeParams* p) { return m3::validate(*p); }
+
 m3_status m3_memory_decode_cpu(const M3MemoryDecodeParams* p) {
   M3_TRY(m3::validate(*p));
   const auto kernel = M3_AT_LEVEL(memory_decode);

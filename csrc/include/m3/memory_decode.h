@@ -32,6 +32,10 @@ typedef struct M3MemoryDecodeParams {
 
 M3_API m3_status m3_memory_decode_cpu(const M3MemoryDecodeParams* params);
 
+/* M3_OK, or M3_INVALID for a size, or a value of an index tensor, that m3_memory_decode_cpu would refuse. Index tensors
+ * are on the host; nothing else is looked at. */
+M3_API m3_status m3_memory_decode_check(const M3MemoryDecodeParams* params);
+
 #ifdef __cplusplus
 }
 #endif

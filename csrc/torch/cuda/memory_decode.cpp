@@ -1,5 +1,5 @@
-#include "torch/cuda/device.h"
 #include "torch/cuda/decode_outputs.h"
+#include "torch/cuda/decode_values.h"
 
 namespace m3::binding {
 namespace {
@@ -15,6 +15,7 @@ std::tuple<Tensor, Tensor, Tensor> memory_decode_cuda(const Tensor& q, const Ten
       decode_args(args, q, k_cache, v_cache, kv_len, block_table, cu_q, scale, max_q, max_kv);
   dense_records(args.records, q, mem_k, mem_v, mem_slot, mem_len, mem_bias, head_map, p.sequences, p.kv_heads);
   p.memory = args.records.view;
+  check_decode_values(args, p);
   auto [out, lse, mass] = decode_outputs_beside(p, q);
   const Tensor work = workspace_beside(q, m3_memory_decode_cuda_workspace(&p));
   check_cuda(m3_memory_decode_cuda(&p, work.mutable_data_ptr(), current_stream(q)));

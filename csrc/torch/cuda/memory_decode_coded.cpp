@@ -1,4 +1,5 @@
 #include "torch/cuda/decode_outputs.h"
+#include "torch/cuda/decode_values.h"
 #include "torch/memory_decode_coded_args.h"
 
 namespace m3::binding {
@@ -14,6 +15,7 @@ std::tuple<Tensor, Tensor, Tensor> memory_decode_coded_cuda(
                        mem_bias, head_map, k_coarse, k_fine, k_rot, v_coarse, v_fine, v_rot, tokens, scale, max_q,
                        max_kv);
   M3MemoryDecodeCodedParams& p = args.params;
+  check_decode_values(args.decode, p.decode);
   auto [out, lse, mass] = decode_outputs_beside(p.decode, q);
   const Tensor work = workspace_beside(q, m3_memory_decode_coded_cuda_workspace(&p));
   check_cuda(m3_memory_decode_coded_cuda(&p, work.mutable_data_ptr(), current_stream(q)));
