@@ -51,4 +51,19 @@ LIMITS: dict[str, Limits] = {
     # Tables of float16 with pieces of an odd width are read element by element.
     "memory_decode_coded_kernel": Limits(128, 3, (*_MATRIX, ASYNC_COPY), (LOCAL, NARROW_STORE)),
     "merge_states_kernel": Limits(256, 8, COPY),
+    # Copies: a full SM of 2,048 threads, and elements by themselves only where rows are not made of 16 bytes.
+    "gather_rows": Limits(256, 8, COPY),
+    "gather_elements": Limits(256, 8, absent=(LOCAL,)),
+    "scatter_words": Limits(256, 6, COPY),
+    "scatter_elements": Limits(256, 6, absent=(LOCAL,)),
+    # Codes come one by one where they are not made of 16 bytes; results never leave so.
+    "look_up_rows": Limits(128, 8, (ASYNC_COPY,), (LOCAL, NARROW_STORE)),
+    "rotate_rows": Limits(128, 4, (*_MATRIX, ASYNC_COPY, r"STG\.E\.128"), (LOCAL, NARROW_STORE)),
+    "select_rows": Limits(128, 3, (*_MATRIX, ASYNC_COPY)),
+    "select_long_rows": Limits(128, 2, (*_MATRIX, ASYNC_COPY)),
+    "memory_attention_kernel": Limits(128, 2, (*_MATRIX, ASYNC_COPY, r"STG\.E\.128")),
+    "attention_query_gradient": Limits(128, 2, (*_MATRIX, ASYNC_COPY, r"STG\.E\.128")),
+    "attention_key_gradient": Limits(128, 2, (*_MATRIX, ASYNC_COPY, r"STG\.E\.128")),
+    "attention_link_readers": Limits(128, 16),
+    "attention_record_gradient": Limits(128, 8, (r"LDG\.E\.128",)),
 }

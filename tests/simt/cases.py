@@ -9,6 +9,8 @@ from memory3_kernels._registry import Case
 from memory3_kernels.ops import _attention_cases as samples
 from memory3_kernels.ops import merge_attention_states as merge
 
+from . import record_cases
+
 COMPILED = (64, 80, 128)
 
 
@@ -29,6 +31,38 @@ def _memory_decode(only: int | None) -> Iterator[Case]:
         replace(split, sequences=((3, 1100),), page=16, bias="holes", dim=80)))  # fmt: skip
     yield Case("split-nothing-seen", samples.decode_sample(
         replace(split, sequences=((1, 0), (1, 600)), slot_rows=((-1, -1, -1), (0, -1, 2)))))  # fmt: skip
+
+
+def _memory_attention(only: int | None) -> Iterator[Case]:
+    for name, (spec, _) in samples.attention_specs().items():
+        yield Case(name, samples.attention_sample(replace(spec, dim=_dim(spec.dim, only))))
+    for name, spec in _attention_extra(only):
+        yield Case(name, samples.attention_sample(spec))
+
+
+def _memory_attention_backward(only: int | None) -> Iterator[Case]:
+    specs = samples.attention_specs()
+    for name in samples.BACKWARD:
+        spec = specs[name][0]
+        yield Case(name, samples.backward_sample(replace(spec, dim=_dim(spec.dim, only))))
+    lengths = specs["lengths"][0]
+    yield Case("no-memory-grad", samples.backward_sample(replace(lengths, dim=_dim(16, only)), memory_grad=False))
+    for name, spec in _attention_extra(only):
+        yield Case(name, samples.backward_sample(spec))
+    # Two KV heads read one record head; a slot is listed by many chunks.
+    mapped = replace(specs["head-map"][0], dim=_dim(64, only), head_map=(1, 1, 0), slots=2, chunk=2)
+    yield Case("shared", samples.backward_sample(mapped))
+
+
+def _attention_extra(only: int | None) -> Iterator[tuple[str, samples.Spec]]:
+    # Several tiles of query vectors and of keys; records of 7 tokens, which tiles of 32 cut anywhere.
+    yield "tiles", samples.Spec(
+        heads=(10, 2), dim=_dim(80, only), sequences=((70, 150),), chunk=64, refs=6, tokens=7, slots=9, bias="holes",
+        lengths=(7, 0, 3, 7, 7, 1, 7, 7, 2),
+    )  # fmt: skip
+    # More sequences than a warp looks at together; some empty.
+    sequences = tuple((n % 3, n % 3 + n % 2) for n in range(70))
+    yield "sequences", samples.Spec(heads=(2, 1), dim=_dim(64, only), sequences=sequences, chunk=64, tokens=2)
 
 
 def _memory_decode_coded(only: int | None) -> Iterator[Case]:
@@ -55,8 +89,15 @@ def _merge_attention_states(only: int | None) -> Iterator[Case]:
 
 CASES = {
     "memory_decode": _memory_decode,
+    "memory_attention": _memory_attention,
+    "memory_attention_backward": _memory_attention_backward,
     "memory_decode_coded": _memory_decode_coded,
     "merge_attention_states": _merge_attention_states,
+    "select_tokens": record_cases.select_tokens,
+    "gather_memory": record_cases.gather_memory,
+    "scatter_memory": record_cases.scatter_memory,
+    "vq_dequantize": record_cases.vq_dequantize,
+    "gather_dequantize": record_cases.gather_dequantize,
 }
 
 

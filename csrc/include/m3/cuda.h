@@ -6,9 +6,15 @@
 #ifndef M3_CUDA_H
 #define M3_CUDA_H
 
+#include "m3/gather_dequantize.h"
+#include "m3/gather_memory.h"
+#include "m3/memory_attention.h"
 #include "m3/memory_decode.h"
 #include "m3/memory_decode_coded.h"
 #include "m3/merge_attention_states.h"
+#include "m3/scatter_memory.h"
+#include "m3/select_tokens.h"
+#include "m3/vq_dequantize.h"
 
 #ifdef __cplusplus
 extern "C" {
@@ -29,6 +35,18 @@ M3_API int64_t m3_memory_decode_coded_cuda_workspace(const M3MemoryDecodeCodedPa
 M3_API m3_status m3_memory_decode_coded_cuda(const M3MemoryDecodeCodedParams* params, void* workspace, void* stream);
 
 M3_API m3_status m3_merge_attention_states_cuda(const M3MergeAttentionStatesParams* params, void* stream);
+
+M3_API m3_status m3_memory_attention_cuda(const M3MemoryAttentionParams* params, void* stream);
+M3_API int64_t m3_memory_attention_backward_cuda_workspace(const M3MemoryAttentionBackwardParams* params);
+M3_API m3_status m3_memory_attention_backward_cuda(const M3MemoryAttentionBackwardParams* params, void* workspace,
+                                                   void* stream);
+
+/* `workers` and `workspace` are not looked at. */
+M3_API m3_status m3_select_tokens_cuda(const M3SelectTokensParams* params, void* stream);
+M3_API m3_status m3_gather_memory_cuda(const M3GatherMemoryParams* params, void* stream);
+M3_API m3_status m3_scatter_memory_cuda(const M3ScatterMemoryParams* params, void* stream);
+M3_API m3_status m3_vq_dequantize_cuda(const M3VqDequantizeParams* params, void* stream);
+M3_API m3_status m3_gather_dequantize_cuda(const M3GatherDequantizeParams* params, void* stream);
 
 #ifdef __cplusplus
 }
