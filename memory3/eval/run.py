@@ -2,11 +2,12 @@
 
 FOLDER/settings.json    what the answers depend on; another setting in the same folder is refused
       /results.jsonl    one line per question and arm
-      /vectors/         embeddings of the references
+      /vectors/         embeddings of the references; codecs/ codebooks that arms asked for
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from ..bank.codec import Codec, train_codec
+from ..config import MemoryConfig
 from ..embed import SupportsEncode
 from ..memory import Memory
 from ..model.llama import Llama
@@ -74,7 +76,7 @@ class Evaluation:
         notify: Callable[[str], None] | None = None,
     ) -> None:
         self.readers, self.tokenizer, self.plan, self.folder = readers, tokenizer, plan, folder
-        self._codecs: dict[Any, Codec] = {c.spec.text: c for c in codecs}
+        self._codecs: dict[str, Codec] = {c.spec.text: c for c in codecs}
         self._writers: dict[tuple, Writer] = {}
         self._answerers: dict[tuple, Answerer] = {}
         notify = notify or (lambda what: None)
@@ -212,7 +214,7 @@ class Evaluation:
                 rows[i] |= {"said": said, "em": exact_match(said, answers), "f1": f1(said, answers)}
         return rows
 
-    def _sample(self, q: Question, read: str, reads: Sequence[int], memory: Any, among: References) -> Sample:
+    def _sample(self, q: Question, read: str, reads: Sequence[int], memory: MemoryConfig, among: References) -> Sample:
         """As memory3.train.qa.Reader makes them: text stands in front as it is written, most similar last."""
         front: list[int] = []
         if read == "text":
@@ -225,13 +227,13 @@ class Evaluation:
 
     # ---- who reads and who writes -----------------------------------------------------------------------------------
 
-    def _answerer(self, name: str, memory: Any) -> Answerer:
+    def _answerer(self, name: str, memory: MemoryConfig) -> Answerer:
         key = name, memory
         if key not in self._answerers:
             self._answerers[key] = Answerer(self.readers[name].net.with_memory(memory), self.tokenizer)
         return self._answerers[key]
 
-    def _writer(self, arm: Arm, memory: Any, among: References) -> Writer:
+    def _writer(self, arm: Arm, memory: MemoryConfig, among: References) -> Writer:
         writer = self.readers[arm.reader].writer
         key = id(writer), memory, id(among), arm.codec, arm.refit
         if key not in self._writers:
@@ -241,16 +243,18 @@ class Evaluation:
             self._writers[key] = Writer(net, among, codec, arm.refit, plain)
         return self._writers[key]
 
-    def _codec(self, spec: str, net: Llama, memory: Any) -> Codec:
-        """Books given, or trained on references drawn by seed."""
+    def _codec(self, spec: str, net: Llama, memory: MemoryConfig) -> Codec:
+        """Books given, or trained once on references drawn by seed and kept in FOLDER/codecs."""
         if spec in self._codecs:
             return self._codecs[spec]
-        if (spec, memory) not in self._codecs:
+        made_of = hashlib.sha256(f"{spec} {memory} {self.plan.seed}".encode()).hexdigest()[:16]
+        file = self.folder / "codecs" / f"{made_of}.bin"
+        if not file.is_file():
             among = next(iter(self.among.values()))
-            drawn = random.Random(f"{self.plan.seed} codec").sample(
-                range(len(among)), min(CODEC_REFERENCES, len(among))
-            )
-            loaded = Writer(net, among)(drawn)
+            rng = random.Random(f"{self.plan.seed} codec")
+            loaded = Writer(net, among)(rng.sample(range(len(among)), min(CODEC_REFERENCES, len(among))))
             memories = [Memory(kv, n_valid=int(n)) for kv, n in zip(loaded.kv, loaded.length, strict=True)]
-            self._codecs[spec, memory] = train_codec(spec, memories, max_vectors=100_000, seed=self.plan.seed)
-        return self._codecs[spec, memory]
+            codec = train_codec(spec, memories, max_vectors=100_000, seed=self.plan.seed)
+            file.parent.mkdir(exist_ok=True)
+            file.write_bytes(codec.to_bytes())
+        return Codec.from_bytes(file.read_bytes())
