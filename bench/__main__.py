@@ -5,9 +5,10 @@ from __future__ import annotations
 import argparse
 import sys
 
-from . import compare, decode, engine, gpu, loop, run
+from . import compare, decode, engine, gpu, growth, loop, reporting, run
 
-COMMANDS = {"run": run, "loop": loop, "engine": engine, "decode": decode, "compare": compare}
+COMMANDS = {"run": run, "loop": loop, "engine": engine, "decode": decode, "compare": compare, "growth": growth}
+COMMANDS["report"] = reporting
 COMMANDS |= gpu.COMMANDS
 
 

@@ -13,11 +13,14 @@ from memory3_kernels import _load
 
 from .timing import Summary
 
+MATMUL = 1024
+
 
 @dataclass(frozen=True)
 class Ceilings:
     """read_gb_s: plain reads of a buffer far larger than the caches, best of the runs (a ceiling) at some threads;
-    dot_gflop_s: sums of products of bf16 pairs held in registers.
+    dot_gflop_s: sums of products of bf16 pairs held in registers; copy_gb_s: torch's copy of such a buffer, bytes read
+    and written together; matmul_gflop_s: torch's product of two bfloat16 matrices of MATMUL rows. All the best of runs.
     """
 
     threads: int
@@ -26,6 +29,8 @@ class Ceilings:
     dot_gflop_s: float
     cache_bytes: int
     buffer_bytes: int
+    copy_gb_s: float = 0.0
+    matmul_gflop_s: float = 0.0
 
 
 def last_level_cache() -> int:
@@ -59,11 +64,17 @@ def measure(threads: int, runs: int = 9) -> Ceilings:
         for _ in range(5):
             begin = time.perf_counter()
             rates.append(2 * core.m3_ceiling_dot(steps, threads) / (time.perf_counter() - begin) / 1e9)
+        target = torch.zeros_like(buffer)
+        copied = 2 * size / min(_seconds(lambda: target.copy_(buffer)) for _ in range(runs)) / 1e9
+        left, right = (torch.randn(MATMUL, MATMUL, dtype=torch.bfloat16) for _ in range(2))
+        product = torch.empty_like(left)
+        multiplied = 2 * MATMUL**3 / min(_seconds(lambda: torch.mm(left, right, out=product)) for _ in range(5)) / 1e9
     finally:
         torch.set_num_threads(before)
     return Ceilings(
-        threads, size / min(seconds) / 1e9, size / Summary.of(seconds).median / 1e9, max(rates), cache, size
-    )
+        threads, size / min(seconds) / 1e9, size / Summary.of(seconds).median / 1e9, max(rates), cache, size,
+        copied, multiplied,
+    )  # fmt: skip
 
 
 def _seconds(call) -> float:

@@ -106,6 +106,7 @@ def records(about: dict, seen: dict[str, list[float]], peers: list[str], cost, c
             {
                 **about,
                 "backend": name,
+                "simd": name.partition("-")[2] if name.startswith("native-") else None,
                 "kind": "peer" if name in peers else "op",
                 "threads": ceilings.threads,
                 "rounds": rounds,
@@ -116,6 +117,7 @@ def records(about: dict, seen: dict[str, list[float]], peers: list[str], cost, c
                 "flops": cost.flops,
                 "gb_per_s": cost.bytes / p50 / 1e9,
                 "gflop_per_s": cost.flops / p50 / 1e9,
+                "tflop_per_s": cost.flops / p50 / 1e12,
                 "read_share": cost.bytes / p50 / 1e9 / ceilings.read_gb_s,
                 "dot_share": cost.flops / p50 / 1e9 / ceilings.dot_gflop_s,
                 "peer": peers[0] if peers and name != peers[0] else None,

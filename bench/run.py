@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,11 +26,12 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 SUITES = {
     "smoke": {"rounds": 3, "states": ("hot",), "threads": (1,)},  # one case of each op: does it all still run?
     "cpu": {"rounds": 9, "states": measure.STATES, "threads": (1, 2)},
+    "gpu": {"rounds": 30, "states": measure.STATES, "threads": (1,)},  # everything `gpu-check` measures
 }
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--suite", choices=SUITES, default="cpu", help="smoke: one case per op, hot (default: cpu)")
+    parser.add_argument("--suite", choices=SUITES, default="cpu", help="smoke: one case per op, hot; gpu: gpu-check")
     parser.add_argument("--json", metavar="FILE", help="write all records here")
     parser.add_argument("--op", nargs="+", choices=sorted(OPS), default=sorted(OPS), help="default: all")
     parser.add_argument("--case", metavar="TEXT", default="", help="only cases whose name contains this")
@@ -42,6 +44,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
+    if args.suite == "gpu":
+        return on_gpu(args)
     settings = {
         "suite": args.suite,
         "dtype": args.dtype,
@@ -78,6 +82,20 @@ def main(args: argparse.Namespace) -> int:
         more = {"ceilings": [asdict(top) for top in tops], "dispatch": empty}
         write_json(args.json, document("run", settings, environment.describe(), rows, **more))
     return 0
+
+
+def on_gpu(args: argparse.Namespace) -> int:
+    """`gpu-check` with this command's options; status 2 without a GPU."""
+    from .gpu import check
+
+    line = argparse.ArgumentParser()
+    check.add_arguments(line)
+    asked = line.parse_args([])
+    asked.rounds = args.rounds or SUITES["gpu"]["rounds"]
+    asked.op = [op for op in asked.op if op in args.op]
+    if args.json:
+        asked.out = Path(args.json).with_suffix("")
+    return check.main(asked)
 
 
 def levels(asked: list[str] | None) -> list[str]:
@@ -123,7 +141,8 @@ def show(rows: list[dict[str, Any]], top: ceilings.Ceilings) -> None:
         )
     title = (
         f"{top.threads} thread(s), medians of {rows[0]['rounds']} rounds; ceilings: reads {top.read_gb_s:.1f} GB/s, "
-        f"products of bf16 pairs {top.dot_gflop_s:.0f} GFLOP/s; load {environment.load_average():.1f}"
+        f"products of bf16 pairs {top.dot_gflop_s:.0f} GFLOP/s, copies {top.copy_gb_s:.1f} GB/s, matrix products "
+        f"{top.matmul_gflop_s:.0f} GFLOP/s; load {environment.load_average():.1f}"
     )
     show_table(title, ("op, case, dtype", "ms", "GB/s", "reads", "GFLOP/s", "products", "times as fast as"), shown)
 

@@ -161,6 +161,8 @@ def test_records(monkeypatch):
         assert r["read_share"] == pytest.approx(r["gb_per_s"] / CEILINGS.read_gb_s)
         assert r["ms_p20"] <= r["ms"] <= r["ms_p80"] and r["gate"] == "passed" and len(r["source"]) == 16
         assert r["peer"] is None and r["peer_ratios"] == {}
+        assert r["tflop_per_s"] == pytest.approx(r["gflop_per_s"] / 1e3)
+        assert r["simd"] == (None if r["backend"] == "reference" else r["backend"].removeprefix("native-"))
     json.dumps(rows)
 
 
@@ -219,6 +221,7 @@ def test_run_smoke_writes_a_document(tmp_path, capsys):
     assert command.main(line) == 0
     read = json.loads(path.read_text())
     assert read["schema"] == report.SCHEMA and read["ceilings"][0]["read_gb_s"] > 0
+    assert read["ceilings"][0]["copy_gb_s"] > 0 and read["ceilings"][0]["matmul_gflop_s"] > 0
     assert read["dispatch"][0]["op"] == SMALL.name and {r["backend"].split("-")[0] for r in read["rows"]} == {
         "native", "reference",
     }  # fmt: skip
@@ -228,6 +231,12 @@ def test_run_smoke_writes_a_document(tmp_path, capsys):
         command.main(["run", "--case", "no such case"])
     with pytest.raises(SystemExit, match="--levels: expected"):
         command.main(["run", "--levels", "mmx"])
+
+
+def test_gpu_suite_is_gpu_check(monkeypatch, capsys):
+    monkeypatch.setattr("bench.gpu.check.missing", lambda: "no device here")
+    assert command.main(["run", "--suite", "gpu"]) == 2
+    assert "no device here. Nothing was checked" in capsys.readouterr().err
 
 
 def test_source_hash_follows_the_sources():

@@ -11,10 +11,12 @@ from collections.abc import Callable
 from .attention import sdpa_concatenated, sdpa_explicit_mask, two_partial_attentions
 from .codec import faiss_bare_sa_decode, faiss_sa_decode
 from .peer import Peer
+from .rows import two_index_selects
 from .select import matmul_softmax_topk
 
 PEERS: dict[str, tuple[Callable[..., Peer], ...]] = {
     "gather_dequantize": (faiss_sa_decode, faiss_bare_sa_decode),
+    "gather_memory": (two_index_selects,),
     "memory_attention": (sdpa_explicit_mask, two_partial_attentions),
     "memory_decode": (sdpa_concatenated,),
     "select_tokens": (matmul_softmax_topk,),
