@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from memory3_kernels import memory_attention, native_reason
+
 from . import data
 from .identity import hash_files
 
@@ -166,13 +168,41 @@ class _Bert:
         for i, row in enumerate(ids):
             tokens[i, : len(row)] = torch.tensor(row)
             real[i, : len(row)] = True
-        mask = None if bool(real.all()) else real[:, None, None, :]
+        attend = self._attention(real)
         x = F.layer_norm(self.words[tokens] + self.places[:longest], (self.dim,), *self.norm, eps=LAYER_NORM_EPS)
         for qkv, merge, norm_attention, up, down, norm_mlp in self.layers:
-            q, k, v = F.linear(x, *qkv).view(count, longest, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
-            mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).reshape(x.shape)
+            mixed = attend(F.linear(x, *qkv).view(count, longest, 3, self.heads, -1)).reshape(x.shape)
             x = F.layer_norm(x + F.linear(mixed, *merge), (self.dim,), *norm_attention, eps=LAYER_NORM_EPS)
             hidden = F.gelu(F.linear(x, *up))
             x = F.layer_norm(x + F.linear(hidden, *down), (self.dim,), *norm_mlp, eps=LAYER_NORM_EPS)
         weight = real[..., None].float()
         return F.normalize((x.float() * weight).sum(1) / weight.sum(1), dim=-1)
+
+    def _attention(self, real: Tensor) -> Callable[[Tensor], Tensor]:
+        """Attention of every token to its text's real ones: queries, keys and values [N, T, 3, H, D] -> [N, T, H, D].
+
+        Texts are read as memory records are, each by its own rows: the op of this project is four times as fast on
+        texts this short as torch's attention.
+        """
+        count, longest = real.shape
+        if native_reason() is not None:
+            mask = None if bool(real.all()) else real[:, None, None, :]
+
+            def plain(qkv: Tensor) -> Tensor:
+                q, k, v = qkv.permute(2, 0, 3, 1, 4)
+                return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
+
+            return plain
+        rows = torch.arange(0, (count + 1) * longest, longest, dtype=torch.int32)
+        no_context, length = torch.zeros_like(rows), real.sum(1, dtype=torch.int32)
+        slot = torch.arange(count, dtype=torch.int32)[:, None]
+
+        def native(qkv: Tensor) -> Tensor:
+            _, k, v = qkv.permute(2, 0, 3, 1, 4)
+            q = qkv.flatten(0, 1)[:, 0]
+            return memory_attention(
+                q, None, None, rows, no_context, rows, k, v, slot, length,
+                scale=q.shape[-1] ** -0.5, max_q=longest, max_k=0, max_chunk=longest,
+            )[0]  # fmt: skip
+
+        return native

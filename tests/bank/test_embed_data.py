@@ -35,6 +35,14 @@ def test_encoder_equals_transformers():
 
 
 @needs
+def test_encoder_without_the_native_library(monkeypatch):
+    """Attention by torch then: the same vectors but for the rounding of bfloat16."""
+    native = Embedder().encode(TEXTS)
+    monkeypatch.setattr("memory3.embed.native_reason", lambda: "switched off")
+    assert (native * Embedder().encode(TEXTS)).sum(1).min() > 0.999
+
+
+@needs
 def test_order_of_texts_does_not_matter_much_and_similar_texts_are_near():
     embedder = Embedder()
     rows = embedder.encode(["The cat sat on the mat.", "A cat is sitting on a rug.", "Bond yields fell in March."])
