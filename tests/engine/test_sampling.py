@@ -68,6 +68,10 @@ def test_temperature_zero_is_argmax():
     assert torch.equal(sample(logits, one, one.generators(5)), logits.argmax(-1))
 
 
+def test_of_equally_likely_tokens_the_first():
+    assert sample(torch.tensor([[0.0, 2.0, 2.0], [1.0, 1.0, 1.0]]), Sampling(), []).tolist() == [1, 0]
+
+
 def test_seeds():
     logits = torch.zeros(3, 10_000)
 
