@@ -239,11 +239,16 @@ def open_lmdb(folder: Path, map_size: int, readonly: bool = False) -> Any:
     _reserve_lock_file(folder)
     options: dict[str, Any] = {"max_dbs": len(DATABASES) + 2, "max_readers": MAX_READERS}
     try:
-        return lmdb.open(str(folder), map_size=map_size, readonly=readonly, create=not readonly, **options)
+        # Readers ask for single pages and announce records (ahead.py): read-around would bring in what nobody wants.
+        return lmdb.open(
+            str(folder), map_size=map_size, readonly=readonly, create=not readonly, readahead=not readonly, **options
+        )
     except (lmdb.Error, OSError) as error:
         if readonly and _errno(error) in (errno.EACCES, errno.EROFS):
             # A read-only folder: no reader table. Safe while nobody writes, and here nobody can.
-            return lmdb.open(str(folder), map_size=map_size, readonly=True, create=False, lock=False, **options)
+            return lmdb.open(
+                str(folder), map_size=map_size, readonly=True, create=False, lock=False, readahead=False, **options
+            )
         if _errno(error) in _FULL:
             raise BankFull(f"cannot open the bank {folder}: {_FULL[_errno(error) or 0]}") from error
         raise BankError(f"cannot open the bank {folder}: {error}") from error

@@ -12,7 +12,8 @@ import os
 import struct
 import threading
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ import numpy as np
 KINDS = ("auto", "flat", "hnsw", "ivf")
 FLAT_UP_TO = 100_000
 IVF_FROM = 2_500  # fewer vectors cannot train an inverted file: searched exactly, and as fast
+AT_ONCE_FROM = 4  # queries of a search that are worth a matrix product
 INDEX_FILE = "index.faiss"
 _MAGIC = b"M3IX"
 ADDED, DELETED = 1, 2
@@ -115,7 +117,8 @@ class VectorIndex:
         with self._guard:
             if not len(self) or not len(queries) or k == 0:
                 return [[] for _ in queries], [[] for _ in queries]
-            scores, rows = self._index.search(queries, min(k, len(self)), params=self._parameters())
+            with _products_at_once(len(queries)):
+                scores, rows = self._index.search(queries, min(k, len(self)), params=self._parameters())
             ids = [[self._ids[row].tobytes() for row in line if row >= 0] for line in rows]
             return ids, [line[: len(found)].tolist() for line, found in zip(scores, ids, strict=True)]
 
@@ -198,6 +201,22 @@ def peek(folder: Path, epoch: str) -> dict[str, Any]:
     except (OSError, ValueError, KeyError, TypeError, struct.error):
         pass
     return {"built_as": None, "generation": None, "count": None}
+
+
+@contextmanager
+def _products_at_once(queries: int) -> Iterator[None]:
+    """Several queries as one matrix product, which reads the vectors once: FAISS' default does so from 128,000 pairs on
+    and else scans them query by query (8 queries of 20,000 vectors: 3.5 ms against 8.4, one thread).
+    """
+    import faiss
+
+    before = faiss.cvar.distance_compute_blas_threshold
+    if queries >= AT_ONCE_FROM:
+        faiss.cvar.distance_compute_blas_threshold = 1
+    try:
+        yield
+    finally:
+        faiss.cvar.distance_compute_blas_threshold = before
 
 
 def _make(dim: int, kind: str, vectors: np.ndarray) -> Any:
