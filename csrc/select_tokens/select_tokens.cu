@@ -208,6 +208,8 @@ M3_KERNEL void M3_THREADS(kSelectThreads, kSelectLongResident)
 
 extern "C" m3_status m3_select_tokens_cuda(const M3SelectTokensParams* p, void* stream) {
   using namespace m3::gpu;
+  if (p->start < 0)
+    return fail(M3_INVALID, "start: expected a row number, 0 or more, got %lld", static_cast<long long>(p->start));
   return with_shape(p->dtype, p->dim, [&](auto type, auto dim) -> m3_status {
     using T = decltype(type);
     constexpr int D = decltype(dim)::value;

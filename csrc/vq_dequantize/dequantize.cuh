@@ -262,6 +262,9 @@ template <bool kGather>
 m3_status launch_rotation(const DequantizePlan& plan, const M3Book& book, m3_dtype dtype, Grid grid, void* stream) {
   if (dtype == M3_F32)
     return fail(M3_UNSUPPORTED, "dtype: expected bfloat16 or float16 with a rotation for the CUDA kernel");
+  if (book.dim != 64 && book.dim != 80 && book.dim != 128)
+    return fail(M3_UNSUPPORTED, "rot: expected a dimension of 64, 80 or 128 for the CUDA kernel, got %lld",
+                static_cast<long long>(book.dim));
   return with_shape(dtype, book.dim, [&](auto type, auto dim) {
     return with_table(book, [&](auto table) -> m3_status {
       constexpr int D = decltype(dim)::value;

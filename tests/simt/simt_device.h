@@ -11,6 +11,7 @@
 #define M3_DEVICE inline
 #define M3_THREADS(...)
 #define M3_UNROLL
+#define M3_ROLLED
 
 namespace m3::gpu {
 
@@ -137,11 +138,23 @@ inline void store16(float* to, const float (&x)[4]) {
   alignas(16) const float from[4] = {x[0], x[1], x[2], x[3]};
   detail::move_aligned(to, from, 16);
 }
+template <int N>
+void store_words_global(void* to, const uint32_t (&words)[N]) {
+  alignas(16) uint32_t from[N];
+  std::memcpy(from, words, sizeof from);
+  detail::move_aligned(to, from, sizeof from);
+}
+template <int N>
+void store_words_shared(void* to, const uint32_t (&words)[N]) {
+  store_words_global(to, words);
+}
 inline void load16(float (&x)[4], const float* from) {
   alignas(16) float to[4];
   detail::move_aligned(to, from, 16);
   std::memcpy(x, to, 16);
 }
+
+inline int count_bits(uint32_t bits) { return __builtin_popcount(bits); }
 
 inline float exp2_fast(float x) { return std::exp2(x); }
 inline float log2_fast(float x) { return std::log2(x); }

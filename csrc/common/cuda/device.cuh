@@ -13,6 +13,8 @@
 #define M3_DEVICE __device__ __forceinline__
 #define M3_THREADS(...) __launch_bounds__(__VA_ARGS__)
 #define M3_UNROLL _Pragma("unroll")
+// Before a loop whose addresses, unrolled, would take more registers than they save.
+#define M3_ROLLED _Pragma("unroll 1")
 
 namespace m3::gpu {
 
@@ -77,10 +79,30 @@ M3_DEVICE void store8(void* to, uint32_t a, uint32_t b) { *static_cast<uint2*>(t
 M3_DEVICE void store16(float* to, const float (&x)[4]) {
   *reinterpret_cast<float4*>(to) = make_float4(x[0], x[1], x[2], x[3]);
 }
+// The same as words, in one piece whatever the compiler knows of the address: nvcc 13 takes some stores apart.
+M3_DEVICE void store_words_global(void* to, const uint32_t (&w)[4]) {
+  asm volatile("st.global.v4.b32 [%0], {%1,%2,%3,%4};\n" ::"l"(__cvta_generic_to_global(to)), "r"(w[0]), "r"(w[1]),
+               "r"(w[2]), "r"(w[3])
+               : "memory");
+}
+M3_DEVICE void store_words_global(void* to, const uint32_t (&w)[2]) {
+  asm volatile("st.global.v2.b32 [%0], {%1,%2};\n" ::"l"(__cvta_generic_to_global(to)), "r"(w[0]), "r"(w[1])
+               : "memory");
+}
+M3_DEVICE void store_words_shared(void* to, const uint32_t (&w)[4]) {
+  asm volatile("st.shared.v4.b32 [%0], {%1,%2,%3,%4};\n" ::"r"(shared_address(to)), "r"(w[0]), "r"(w[1]), "r"(w[2]),
+               "r"(w[3])
+               : "memory");
+}
+M3_DEVICE void store_words_shared(void* to, const uint32_t (&w)[2]) {
+  asm volatile("st.shared.v2.b32 [%0], {%1,%2};\n" ::"r"(shared_address(to)), "r"(w[0]), "r"(w[1]) : "memory");
+}
 M3_DEVICE void load16(float (&x)[4], const float* from) {
   const float4 y = *reinterpret_cast<const float4*>(from);
   x[0] = y.x, x[1] = y.y, x[2] = y.z, x[3] = y.w;
 }
+
+M3_DEVICE int count_bits(uint32_t bits) { return __popc(bits); }
 
 M3_DEVICE float exp2_fast(float x) {
   float y;
