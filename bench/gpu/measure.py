@@ -94,7 +94,7 @@ def measure(
     about = {"op": op_name, "shape": shape.name, "batch": shape.batch, "context": shape.context, "bytes": cost.bytes,
              "flops": cost.flops}  # fmt: skip
     if known is not None:
-        floors = roofline.predict(cost, known, roofline.LAUNCHES.get(op_name, 1))
+        floors = roofline.predict(cost, known, roofline.LAUNCHES.get((op_name, shape.name), 1))
         about |= dict(zip(("memory_us", "compute_us", "predicted_us"), floors, strict=True))
     ready = list(arms(op, shape, dtype, device, only))
     torch.manual_seed(0)

@@ -60,6 +60,14 @@ def test_the_table_has_every_op_shape_and_device(capsys):
     assert all(name in shown for name in devices.DEVICES)
 
 
+def test_the_documented_tables_are_what_the_code_computes():
+    """docs/gpu.md; after a change: `python -m bench roofline`."""
+    text = (check.environment.ROOT / "docs" / "gpu.md").read_text()
+    assert roofline.markdown(roofline.table()) in text
+    for d in devices.DEVICES.values():
+        assert f"| {d.name} | {d.arch / 10:.1f} | {d.gb_s:,.0f} | {d.tflops:,.0f} | {d.sms} |" in text
+
+
 def test_every_op_with_a_gpu_kernel_has_a_call():
     assert {name for name in OPS if has_cuda_kernel(name) or triton.has_kernel(name)} <= set(shapes.CALLS)
 
