@@ -60,13 +60,22 @@ struct DecodeBlock {
   }
 };
 
-// 16 rows of 16-byte pieces, spread over a warp: the i-th of a lane is piece `piece` of row `row`.
+// 16 rows of 16-byte pieces, spread over a warp: the i-th of a lane is piece `piece` of row `row`. Where a round covers
+// whole rows, a lane keeps its piece and goes down the rows: fewer addresses to hold.
 template <int D>
 struct Pieces {
-  static constexpr int kPerLane = kTileTokens * D / 8 / 32;
+  static constexpr int kPerLane = kTileTokens * D / 8 / 32, kRow = D / 8;
+  static constexpr bool kWhole = 32 % kRow == 0;
   static_assert(kTileTokens * D / 8 % 32 == 0, "a warp copies whole rounds");
-  M3_DEVICE static int row(int i) { return (lane_index() + 32 * i) / (D / 8); }
-  M3_DEVICE static int piece(int i) { return (lane_index() + 32 * i) % (D / 8); }
+  M3_DEVICE static int row(int i) {
+    return kWhole ? lane_index() / kRow + 32 / kRow * i : (lane_index() + 32 * i) / kRow;
+  }
+  M3_DEVICE static int piece(int i) { return kWhole ? lane_index() % kRow : (lane_index() + 32 * i) % kRow; }
+  // Elements from the tile's first row, of rows `stride` apart.
+  M3_DEVICE static int offset(int i, int stride) {
+    if (kWhole) return row(0) * stride + piece(0) * 8 + i * (32 / kRow * stride);
+    return row(i) * stride + piece(i) * 8;
+  }
 };
 
 // How many tokens of the cache a lane's two rows of scores see.
@@ -104,10 +113,10 @@ M3_DEVICE void copy_context(const M3MemoryDecodeParams& p, const DecodePlan& pla
   const int k_stride = static_cast<int>(p.k_stride[1]), v_stride = static_cast<int>(p.v_stride[1]);  // check_decode
   M3_UNROLL
   for (int i = 0; i < Pieces<D>::kPerLane; ++i) {
-    const int r = Pieces<D>::row(i), piece = Pieces<D>::piece(i), c = piece * 8;
-    T* to = stage + tile_at<D>(r, piece);
-    copy_async16(to, k + (r * k_stride + c), r < present);
-    copy_async16(to + kTileTokens * D, v + (r * v_stride + c), r < present);
+    const int r = Pieces<D>::row(i);
+    T* to = stage + tile_at<D>(r, Pieces<D>::piece(i));
+    copy_async16(to, k + Pieces<D>::offset(i, k_stride), r < present);
+    copy_async16(to + kTileTokens * D, v + Pieces<D>::offset(i, v_stride), r < present);
   }
 }
 
@@ -117,8 +126,10 @@ M3_DEVICE void copy_memory(const M3Records& memory, const DecodeBlock& block, in
   const MemoryToken mine =
       memory_token(memory, block.sequence, record_head, tile * kTileTokens + lane_index() % kTileTokens);
   const int64_t slot = mine.slot < 0 ? 0 : mine.slot;
-  const int64_t k_at = slot * memory.k_stride[0] + record_head * memory.k_stride[1] + mine.position * memory.k_stride[2];
-  const int64_t v_at = slot * memory.v_stride[0] + record_head * memory.v_stride[1] + mine.position * memory.v_stride[2];
+  const auto row_of = [&](const int64_t* stride) {
+    return slot * stride[0] + record_head * stride[1] + mine.position * stride[2];
+  };
+  const int64_t k_at = row_of(memory.k_stride), v_at = row_of(memory.v_stride);
   const uint32_t present = ballot(mine.slot >= 0);
   const T* k = static_cast<const T*>(memory.k);
   const T* v = static_cast<const T*>(memory.v);

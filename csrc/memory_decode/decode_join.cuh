@@ -115,7 +115,8 @@ M3_DEVICE void write_rows(const M3MemoryDecodeParams& p, const DecodePlan& plan,
     const int64_t at = block.row_of(vector) * p.heads + block.head_of(vector);
     float factor[kDecodeWarps];
     const float lse = join.weights(row, factor);
-    p.mass[at * refs + i % refs] = record_mass(work.score + at * refs * p.memory.tokens, p.memory.tokens, i % refs, lse);
+    const float* scores = work.score + at * refs * p.memory.tokens;
+    p.mass[at * refs + i % refs] = record_mass(scores, p.memory.tokens, i % refs, lse);
   }
 }
 

@@ -90,7 +90,7 @@ struct CodedReader {
     commit_copies();
   }
 
-  // Vectors of the first `count` tokens of the round, spread over the warps, two at a time each.
+  // Vectors of the first `count` tokens of the round (a multiple of 16), spread over the warps.
   M3_DEVICE void look_up(int count) const {
     if (plan.half)
       plan.paired ? look_up_in<Tables<uint16_t, true>>(count) : look_up_in<Tables<uint16_t, false>>(count);
@@ -101,16 +101,21 @@ struct CodedReader {
  private:
   typedef typename LookUp<D>::Raw Raw;
 
+  static constexpr int kTogether = 2;  // tokens a warp reads at a time: entries of both sides are 16 loads per lane
+
   template <class Tables>
   M3_DEVICE void look_up_in(int count) const {
-    for (int token = warp_index(); token < count; token += 2 * kDecodeWarps) {
-      const int other = token + kDecodeWarps;  // count is a multiple of 16: it is there
-      const bool here = stage.slots[token] >= 0, other_here = stage.slots[other] >= 0;
-      Raw k_raw[2], v_raw[2];
-      if (here) read<Tables>(token, k_raw[0], v_raw[0]);
-      if (other_here) read<Tables>(other, k_raw[1], v_raw[1]);
-      write<Tables>(token, here, k_raw[0], v_raw[0]);
-      write<Tables>(other, other_here, k_raw[1], v_raw[1]);
+    for (int token = warp_index(); token < count; token += kTogether * kDecodeWarps) {
+      Raw k_raw[kTogether], v_raw[kTogether];
+      bool here[kTogether];
+      M3_UNROLL
+      for (int i = 0; i < kTogether; ++i) {
+        here[i] = stage.slots[token + i * kDecodeWarps] >= 0;
+        if (here[i]) read<Tables>(token + i * kDecodeWarps, k_raw[i], v_raw[i]);
+      }
+      M3_UNROLL
+      for (int i = 0; i < kTogether; ++i)
+        write<Tables>(token + i * kDecodeWarps, here[i], k_raw[i], v_raw[i]);
     }
   }
 
@@ -151,12 +156,17 @@ M3_DEVICE void attend_coded(const M3MemoryDecodeCodedParams& p, const CodedPlan&
   const CodedReader<T, D> reader(p, plan, block, head);
   const float scale = p.decode.scale * kLog2e;
   copy_queries<T, D>(p.decode, block, reader.stage.queries.high);
+  reader.start(0);
+  wait_copies<0>();
+  sync_block();
+  rotate_queries<T, D>(p.k_book.rot, reader.stage.queries);
   for (int first = 0; first < tiles; first += kDecodeWarps) {
     const int here = tiles - first < kDecodeWarps ? tiles - first : kDecodeWarps;
-    reader.start(first * kTileTokens);
-    wait_copies<0>();
-    sync_block();
-    if (first == 0) rotate_queries<T, D>(p.k_book.rot, reader.stage.queries);
+    if (first > 0) {
+      reader.start(first * kTileTokens);
+      wait_copies<0>();
+      sync_block();
+    }
     reader.look_up(here * kTileTokens);
     sync_block();
     const int mine = warp_index();

@@ -37,13 +37,17 @@ M3_DEVICE void write_coded(const M3MemoryDecodeCodedParams& p, const DecodePlan&
   }
 }
 
+// Blocks an SM should hold. D = 128 needs more registers than three leave; two have 64 to 128 KB under way.
+template <int D>
+constexpr int kCodedResident = D > 80 ? 2 : kDecodeResident;
+
 template <class T, int D>
-M3_KERNEL void M3_THREADS(kDecodeThreads, kDecodeResident)
+M3_KERNEL void M3_THREADS(kDecodeThreads, kCodedResident<D>)
     memory_decode_coded_kernel(M3MemoryDecodeCodedParams p, DecodePlan plan, CodedPlan coded, DecodeWorkspace work) {
   const DecodeBlock block(p.decode, plan);
   if (block.vectors <= 0) return;
-  SoftmaxTile<T, D> softmax;
   if (block.part == plan.splits) {
+    SoftmaxTile<T, D> softmax;
     attend_coded<T, D>(p, coded, block, plan.memory_tiles, work.score, softmax);
     write_coded<T, D>(p, plan, work, block, join_warps<T, D>(softmax));
     return;
@@ -56,6 +60,7 @@ M3_KERNEL void M3_THREADS(kDecodeThreads, kDecodeResident)
   const auto mask = [&](int tile, TileScores& s) {
     mask_context(p.decode, plan, block, visible, block.first_tile + tile, scale, s);
   };
+  SoftmaxTile<T, D> softmax;
   attend_tiles<T, D>(p.decode, block, block.end_tile - block.first_tile, start, mask, softmax);
   write_rows<T, D>(p.decode, plan, work, block, join_warps<T, D>(softmax));
 }
@@ -70,8 +75,9 @@ m3_status check_side(const char* name, const M3Book& book, const uint8_t* codes,
   if (!aligned(codes) || stride[0] % 16 != 0 || stride[1] % 16 != 0)
     return fail(M3_UNSUPPORTED, "mem_%s_codes: expected codes at multiples of 16 bytes for the CUDA kernel", name);
   if (!aligned(book.coarse) || !aligned(book.fine) || !aligned(book.rot))
-    return fail(M3_UNSUPPORTED, "%s_coarse, %s_fine, %s_rot: expected tables at multiples of 16 bytes for the CUDA kernel",
-                name, name, name);
+    return fail(M3_UNSUPPORTED,
+                "%s_coarse, %s_fine, %s_rot: expected tables at multiples of 16 bytes for the CUDA kernel", name, name,
+                name);
   return M3_OK;
 }
 
@@ -107,9 +113,8 @@ m3_status m3_memory_decode_coded_cuda(const M3MemoryDecodeCodedParams* p, void* 
     const CodedPlan coded(*p);
     DecodeWorkspace work;
     lay_out(p->decode, plan, workspace, work);
-    M3_GPU_TRY(launch(&memory_decode_coded_kernel<T, D>,
-                      {decode_blocks(p->decode, plan), kDecodeThreads, coded_shared<T, D>(coded)}, stream, *p, plan, coded,
-                      work));
+    const Grid grid{decode_blocks(p->decode, plan), kDecodeThreads, coded_shared<T, D>(coded)};
+    M3_GPU_TRY(launch(&memory_decode_coded_kernel<T, D>, grid, stream, *p, plan, coded, work));
     return launch_merge<T, D>(p->decode, plan, work, stream);
   });
 }

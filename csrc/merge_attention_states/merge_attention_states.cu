@@ -1,7 +1,7 @@
-// merge_attention_states on CUDA: per row (token, head) out = wa out_a + wb out_b, wa = exp(lse_a - lse) and wb likewise.
+// merge_attention_states on CUDA: per row (token, head) out = wa out_a + wb out_b, wa = exp(lse_a - lse), wb likewise.
 //
-// A thread takes 16 bytes of a row, neighbouring threads neighbouring pieces; a block takes whole rows. A side of weight
-// 0 is not read. Alone: nvcc -std=c++17 -O3 -arch=sm_80 -Icsrc -Icsrc/include -cubin
+// A thread takes 16 bytes of a row, neighbouring threads neighbouring pieces; a block takes whole rows. A side of
+// weight 0 is not read. Alone: nvcc -std=c++17 -O3 -arch=sm_80 -Icsrc -Icsrc/include -cubin
 // csrc/merge_attention_states/merge_attention_states.cu
 #include "common/cuda/shapes.cuh"
 #include "common/cuda/softmax_tile.cuh"

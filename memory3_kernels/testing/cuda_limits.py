@@ -48,8 +48,8 @@ COPY = (r"LDG\.E\.128", r"STG\.E\.128")
 LIMITS: dict[str, Limits] = {
     "memory_decode_kernel": Limits(128, 3, (*_MATRIX, ASYNC_COPY)),
     "merge_parts": Limits(128, 8, (r"LDG\.E\.128",)),
-    # Tables of float16 with pieces of an odd width are read element by element.
-    "memory_decode_coded_kernel": Limits(128, 3, (*_MATRIX, ASYNC_COPY), (LOCAL, NARROW_STORE)),
+    # Two blocks at D = 128, three below. Tables of float16 with pieces of an odd width are read element by element.
+    "memory_decode_coded_kernel": Limits(128, 2, (*_MATRIX, ASYNC_COPY), (LOCAL, NARROW_STORE)),
     "merge_states_kernel": Limits(256, 8, COPY),
     # Copies: a full SM of 2,048 threads, and elements by themselves only where rows are not made of 16 bytes.
     "gather_rows": Limits(256, 8, COPY),
