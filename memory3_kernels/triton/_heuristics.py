@@ -116,3 +116,33 @@ def select_tile(keys: int, dim: int, element_size: int) -> SelectTile:
     whole = wanted <= 256 and wanted * row <= 65536 // part
     tile = wanted if whole else min(wanted, 128, max(16, 32768 // part // row))
     return SelectTile(rows=max(16, min(64, 8192 // tile) // part), keys=tile, whole=whole, warps=8, stages=2)
+
+
+class GradientTile(NamedTuple):
+    rows: int  # M: packed (query, head) rows of a tile
+    tokens: int  # N: context tokens, or tokens of a record
+    warps: int
+    stages: int
+
+
+# (M, N, warps) of query_gradient_tile and (M, most N) of key_gradient_tile, by the power of two above the head dim.
+QUERY_GRADIENT_TILES = {64: (64, 32, 4), 128: (64, 32, 8), 256: (32, 32, 8)}
+KEY_GRADIENT_TILES = {64: (32, 64), 128: (32, 64), 256: (32, 32)}
+
+
+def query_gradient_tile(packed_rows: int, dim: int, element_size: int) -> GradientTile:
+    """Tiles of dq. Fragments of q and of grad_out stay in registers beside M x DP accumulators, and scores and their
+    gradients are two tiles of M x N: rows or head dim are shared by twice the warps of the forward, or half as many
+    rows are taken. Float32: see prefill_tile."""
+    rows, tokens, warps = (16, 16, 4) if element_size == 4 else QUERY_GRADIENT_TILES[max(64, power_of_two(dim))]
+    return GradientTile(min(rows, power_of_two(packed_rows, 16)), tokens, warps, stages=2)
+
+
+def key_gradient_tile(tokens: int, dim: int, element_size: int) -> GradientTile:
+    """Tiles of dk and dv, of context or of one record: 2 N x DP accumulators beside the fragments of k and v. Four
+    warps up to 4096 values, 64 accumulators per thread, else eight. Against 16 tokens rows come by 16: with 32 the
+    record kernel lies a few registers above 128, and ptxas spills them so that four programs share a multiprocessor."""
+    width = max(64, power_of_two(dim))
+    rows, most = (16, 32 if width == 64 else 16) if element_size == 4 else KEY_GRADIENT_TILES[width]
+    taken = min(most, power_of_two(tokens, 16))
+    return GradientTile(min(rows, taken), taken, warps=8 if taken * width > 4096 else 4, stages=2)
