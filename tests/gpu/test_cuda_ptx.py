@@ -11,7 +11,7 @@ import os
 import pytest
 import test_ops
 import torch
-from simt import build, cases, host, ptx
+from simt import build, cases, host, ptx, record_cases
 
 from memory3_kernels._registry import OPS
 from memory3_kernels.ops import _attention_cases as samples
@@ -116,3 +116,20 @@ def test_merge_traffic():
     assert moved(run) == OPS["merge_attention_states"].cost(*args, **kwargs).bytes
     ((_, result),) = run.results
     assert result["global_load"]["efficiency"] >= 0.9 and result["global_store"]["efficiency"] >= 0.9
+
+
+@pytest.mark.parametrize("stream", [pytest.param(s, id=s.id) for s in record_cases.streams(DIMS)])
+def test_record_traffic(stream):
+    """The ops that write records and decode coded ones move what their tile schedule says, tables of a book apart, in
+    whole sectors; no detours in shared memory."""
+    args, kwargs = stream.case.make(torch.bfloat16, torch.Generator().manual_seed(0))
+    with ptx.running(stream.op, one_shape=not FULL) as run:
+        host.call(stream.op, *args, **kwargs)
+    tables = args[-3:] if stream.op.endswith("dequantize") else ()
+    least = stream.least(*args, **kwargs)
+    assert moved(run, tuple(t for t in tables if t is not None)) <= 1.15 * least
+    ((_, result),) = run.results
+    for kind in stream.kinds:
+        assert result[kind]["efficiency"] >= 0.9, f"{kind}: {result[kind]}"
+    assert sum(32 * result[kind]["sectors"] for kind in stream.kinds) <= 1.15 * least
+    assert_few_conflicts(run)
