@@ -16,7 +16,7 @@ def _write(record: dict) -> None:
 
 def _kernel(params: dict) -> str | None:
     """The op a test is about: a parameter that is one, or its name."""
-    for name in ("op", "name", "bug"):
+    for name in ("op", "name", "bug", "stream"):
         value = params.get(name)
         if value is not None:
             return getattr(value, "op", None) or getattr(value, "name", None) or str(value)

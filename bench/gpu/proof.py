@@ -32,6 +32,7 @@ from ..report import document, show_table, write_json
 ROOT = Path(__file__).resolve().parents[2]
 KERNELS = ("csrc/**/*.cu", "csrc/**/*.cuh", "csrc/**/*.h", "csrc/torch/cuda/*.cpp", "tests/simt/*")
 TRITON = ("memory3_kernels/triton/*.py", "memory3_kernels/testing/*.py")
+PTX_TESTS = tuple(f"tests/gpu/test_cuda_{name}.py" for name in ("ptx", "attention", "decode", "records"))
 CONTRACTS = ("memory3_kernels/ops/*.py", "tests/test_ops.py")
 
 
@@ -68,13 +69,18 @@ STAGES = {
               (*KERNELS, *CONTRACTS), _sanitized),
         Stage("resources", ("tests/gpu/test_cuda_compile.py",), "registers, spills, shared memory, instructions",
               (*KERNELS, "memory3_kernels/testing/cuda_limits.py")),
-        Stage("ptx", ("tests/gpu/test_cuda_ptx.py",), "nvcc's PTX in the PTX interpreter: results, hazards, traffic",
+        Stage("ptx", PTX_TESTS, "nvcc's PTX in the PTX interpreter: results, hazards, traffic",
               (*KERNELS, *CONTRACTS, "memory3_kernels/testing/*.py")),
+        Stage("fuzz", ("tests/gpu/fuzzed.py",), "random calls on the SIMT host, sanitized", (*KERNELS, *CONTRACTS),
+              _sanitized),
+        Stage("fuzz-ptx", ("tests/gpu/fuzzed.py",), "random calls in the PTX interpreter", (*KERNELS, *CONTRACTS)),
         Stage("bugs", ("tests/gpu/test_planted_bugs.py",), "planted bugs, each found by its stage",
               (*KERNELS, "tests/simt/bugs/*", *CONTRACTS)),
         Stage("triton-interpreter", ("tests/gpu/interpreter_rules.py", "tests/gpu/interpreted.py"),
               "Triton kernels in Triton's interpreter, bounds and races checked", (*TRITON, *CONTRACTS),
               lambda: {"TRITON_INTERPRET": "1"}),
+        Stage("triton-compile", ("tests/gpu/test_triton_compile.py",), "Triton kernels compiled per arch: resources",
+              (*TRITON, *CONTRACTS)),
         Stage("triton-ptx", ("tests/gpu/test_triton_ptx.py",), "Triton's PTX in the PTX interpreter",
               (*TRITON, *CONTRACTS)),
         Stage("fake", ("tests/gpu/test_fake_cuda.py",), "dispatch, tracing and export of fake CUDA tensors",

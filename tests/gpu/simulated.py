@@ -2,10 +2,12 @@
 
 Run by test_cuda_simt.py in a process of its own, which AddressSanitizer must have been loaded into from the start:
     M3_SIMT_LIBRARY=build/simt/plain/libm3_simt.so python -m pytest tests/gpu/simulated.py
+By default each case in one type and two schedules, by turns; M3_PROOF=full: both types in all schedules.
 """
 
 from __future__ import annotations
 
+import itertools
 import os
 from pathlib import Path
 
@@ -18,14 +20,15 @@ from torch import Tensor
 from memory3_kernels._registry import OPS
 from memory3_kernels.testing.compare import as_tuple
 
+FULL = os.environ.get("M3_PROOF") == "full"
 host.load(Path(os.environ["M3_SIMT_LIBRARY"]))
 
 
 def grid():
     for name in filter(host.has_kernel, host.names()):
         for i, case in enumerate(cases.cases(name)):
-            dtype = (torch.bfloat16, torch.float16)[i % 2]
-            for order in (host.ORDERS[i % 5], "random"):
+            dtypes = (torch.bfloat16, torch.float16) if FULL else ((torch.bfloat16, torch.float16)[i % 2],)
+            for dtype, order in itertools.product(dtypes, host.ORDERS if FULL else (host.ORDERS[i % 5], "random")):
                 kind = str(dtype).removeprefix("torch.")
                 yield pytest.param(OPS[name], case, dtype, order, id=f"{name}-{case.id}-{kind}-{order}")
 

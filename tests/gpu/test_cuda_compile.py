@@ -18,11 +18,12 @@ ARCHS = nvcc.ARCHS if FULL else (80, 90)
 
 @pytest.mark.parametrize("arch", ARCHS)
 @pytest.mark.parametrize("op", [p.stem for p in nvcc.sources()])
-def test_resources(op, arch):
+def test_resources(op, arch, record_property):
     if nvcc.missing_tools():
         pytest.skip(nvcc.missing_tools())
     found = nvcc.resources(op, arch, one_shape=not FULL)
     assert found
+    record_property("registers", {kernel.kernel: kernel.registers for kernel in found})
     for kernel in found:
         limits = LIMITS[kernel.name]
         where = f"{kernel.name} on sm_{arch} ({kernel.kernel})"

@@ -77,13 +77,14 @@ def decode_spec(batch, heads, context, dim) -> samples.Spec:
 
 @pytest.mark.parametrize("dim", DIMS)
 @pytest.mark.parametrize("batch, heads, context", DECODE_SHAPES)
-def test_decode_traffic(batch, heads, dim, context):
+def test_decode_traffic(batch, heads, dim, context, record_property):
     """At most 1.15 times what has to be moved, in whole sectors; no detours in shared memory."""
     args, kwargs = samples.decode_sample(decode_spec(batch, heads, context, dim))(
         torch.bfloat16, torch.Generator().manual_seed(0)
     )
     with ptx.running("memory_decode", one_shape=not FULL) as run:
         host.call("memory_decode", *args, **kwargs)
+    record_property("moved_bytes", moved(run))
     assert moved(run) <= 1.15 * OPS["memory_decode"].cost(*args, **kwargs).bytes
     assert all(result["async_copy"]["efficiency"] >= 0.9 for _, result in run.results)
     assert_few_conflicts(run)
@@ -92,7 +93,7 @@ def test_decode_traffic(batch, heads, dim, context):
 @pytest.mark.parametrize("dim", DIMS)
 @pytest.mark.parametrize("half_tables", (False, True))
 @pytest.mark.parametrize("batch, heads, context", DECODE_SHAPES)
-def test_coded_decode_traffic(batch, heads, dim, context, half_tables):
+def test_coded_decode_traffic(batch, heads, dim, context, half_tables, record_property):
     """The same, with the paper's codes; the books are counted apart: at most what the tables and rotations hold."""
     args, kwargs = samples.coded_sample(decode_spec(batch, heads, context, dim), (14, 8, 10), half_tables)(
         torch.bfloat16, torch.Generator().manual_seed(0)
@@ -102,6 +103,7 @@ def test_coded_decode_traffic(batch, heads, dim, context, half_tables):
     books = tuple(t for t in args[12:] if t is not None)
     token_bytes = 2 * 14 * heads[1]
     least = decode_cost(args[0], args[1], args[3], args[5], args[8], args[9], token_bytes).bytes
+    record_property("moved_bytes", moved(run, books))
     assert moved(run, books) <= 1.15 * least
     assert moved(run) - moved(run, books) <= OPS["memory_decode_coded"].cost(*args, **kwargs).bytes - least
     assert all(result["async_copy"]["efficiency"] >= 0.9 for _, result in run.results)
@@ -119,7 +121,7 @@ def test_merge_traffic():
 
 
 @pytest.mark.parametrize("stream", [pytest.param(s, id=s.id) for s in record_cases.streams(DIMS)])
-def test_record_traffic(stream):
+def test_record_traffic(stream, record_property):
     """The ops that write records and decode coded ones move what their tile schedule says, tables of a book apart, in
     whole sectors; no detours in shared memory."""
     args, kwargs = stream.case.make(torch.bfloat16, torch.Generator().manual_seed(0))
@@ -127,6 +129,7 @@ def test_record_traffic(stream):
         host.call(stream.op, *args, **kwargs)
     tables = args[-3:] if stream.op.endswith("dequantize") else ()
     least = stream.least(*args, **kwargs)
+    record_property("moved_bytes", moved(run, tuple(t for t in tables if t is not None)))
     assert moved(run, tuple(t for t in tables if t is not None)) <= 1.15 * least
     ((_, result),) = run.results
     for kind in stream.kinds:
