@@ -13,10 +13,11 @@ constexpr int kParts = M3_PACKED_ROWS / kLanes;  // vectors that hold one value 
 constexpr int kPairs = M3_PACKED_COLS / 2;
 constexpr int kDirect = 16;                      // up to so many rows of x, weights are expanded in registers
 constexpr int kGroup = kLanes == 16 ? 8 : 2;     // rows of x that share an expanded weight there
-constexpr int kPanelTiles = kLanes == 16 ? 2 : 1;
-constexpr int kStep = kLanes == 16 ? 6 : 2;      // rows of x at once: 12 sums, for scaled formats twice
-constexpr int kPanelCols = 1024;                 // columns of a panel: two tiles of them are 64 KiB
-constexpr int64_t kPanelRows = 256;              // rows of x per panel at most: their sums are 32 KiB
+constexpr int kDirectTiles = kLanes == 16 ? 2 : 1;
+constexpr int kPanelTiles = kLanes == 16 ? 4 : 1;
+constexpr int kStep = kLanes == 16 ? 4 : 2;      // rows of x that are multiplied by a panel at once
+constexpr int kPanelCols = 256;                  // columns of a panel at most: four tiles of them are 32 KiB
+constexpr int64_t kPanelRows = 256;              // rows of x per panel at most: their sums are 64 KiB
 
 typedef int8_t I8x2 __attribute__((vector_size(2 * kLanes)));
 typedef float F32x2 __attribute__((vector_size(8 * kLanes)));
@@ -24,6 +25,15 @@ typedef uint32_t U32x2 __attribute__((vector_size(8 * kLanes)));
 typedef uint16_t U16x2 __attribute__((vector_size(4 * kLanes)));
 
 inline U32 broadcast(uint32_t pair) { return pair - U32{}; }
+
+// The value stays in a register: the compiler would rather load it again for every product.
+inline void keep(U32& pair) {
+#if defined(__AVX512F__)
+  asm("" : "+v"(pair));
+#else
+  (void)pair;
+#endif
+}
 
 // Small integers as bf16: their float's lower half is zero.
 inline U32 to_pairs(F32x2 f) {
@@ -133,94 +143,127 @@ struct Prefetch {
   }
 };
 
-// One tile, Rows rows of x from `row` on.
-template <class W, int Rows>
+// sum += d part + shift sums, for a block: part [Rows][Side] are products with unscaled weights, sum, d and shift vectors
+// in memory, sums [Rows, pitch] those of x.
+template <class W, int Rows, int Side>
+inline __attribute__((always_inline)) void add_block(const F32 (&part)[Rows][Side], const F32 (&d)[Side],
+                                                     const F32 (&shift)[Side], const float* sums, int64_t pitch,
+                                                     float* sum) {
+#pragma GCC unroll 8
+  for (int m = 0; m < Rows; ++m)
+#pragma GCC unroll 4
+    for (int v = 0; v < Side; ++v) {
+      float* to = sum + (m * Side + v) * kLanes;
+      F32 whole = load(to);
+      if constexpr (W::kScaled)
+        whole += d[v] * part[m][v];
+      else
+        whole += part[m][v];
+      if constexpr (W::kShifted) whole += shift[v] * sums[m * pitch];
+      store(to, whole);
+    }
+}
+
+// Tiles tiles, Rows rows of x from `row` on.
+template <class W, int Rows, int Tiles>
 void direct(const M3PackedLinearParams& p, int64_t tile, int64_t row, Prefetch& prefetch) {
-  // A lone row has one chain of additions: cut it into four.
-  constexpr int kChains = Rows == 1 ? 4 : Rows == 2 ? 2 : 1;
+  constexpr int kSide = Tiles * kParts;
+  // An addition takes longer than a product's turn: few sums are cut into chains.
+  constexpr int kChains = Rows * Tiles <= 2 ? 4 : Rows * Tiles <= 8 ? 2 : 1;
   const int64_t blocks = p.weight.cols / M3_PACKED_COLS;
-  const Tile<W> at(p.weight, tile);
-  F32 sum[Rows][kParts] = {};
+  const Tile<W> first(p.weight, tile), last(p.weight, tile + Tiles - 1);
+  alignas(64) float sum[Rows * kSide * kLanes] = {};
   for (int64_t b = 0; b < blocks; ++b) {
-    const uint8_t* block = at.block(b);
-    if (row == 0) prefetch.block();
+    const uint8_t* block[2] = {first.block(b), last.block(b)};
+    const F16* scales[2] = {first.scale(b), last.scale(b)};
+    if (row == 0)
+      for (int t = 0; t < Tiles; ++t) prefetch.block();
     const uint16_t* x = p.x + row * p.x_stride + b * M3_PACKED_COLS;
-    F32 part[kChains][Rows][kParts] = {};
+    F32 part[kChains][Rows][kSide] = {};
 #pragma GCC unroll 16
-    for (int k = 0; k < kPairs; ++k)
-#pragma GCC unroll 4
-      for (int v = 0; v < kParts; ++v) {
-        const U32 w = W::expand(block, k, v);
+    for (int k = 0; k < kPairs; ++k) {
+      F32(&to)[Rows][kSide] = part[k % kChains];
 #pragma GCC unroll 8
-        for (int m = 0; m < Rows; ++m) {
-          F32& to = part[k % kChains][m][v];
-          to = dot_pairs(to, w, broadcast(pair_at(x + m * p.x_stride + 2 * k)));
-        }
-      }
-#pragma GCC unroll 4
-    for (int v = 0; v < kParts; ++v) {
-      F32 d, shift;
-      if constexpr (W::kScaled) d = load(at.scale(b) + v * kLanes);
-      if constexpr (W::kShifted) shift = load(at.scale(b) + M3_PACKED_ROWS + v * kLanes);
+      for (int v = 0; v < kSide; ++v) {
+        const U32 w = W::expand(block[v / kParts], k, v % kParts);
 #pragma GCC unroll 8
-      for (int m = 0; m < Rows; ++m) {
-        F32 whole = part[0][m][v];
-        if constexpr (kChains == 4) whole = (whole + part[1][m][v]) + (part[2][m][v] + part[3][m][v]);
-        if constexpr (kChains == 2) whole += part[1][m][v];
-        if constexpr (W::kScaled)
-          sum[m][v] += d * whole;
-        else
-          sum[m][v] += whole;
-        if constexpr (W::kShifted) sum[m][v] += shift * p.sums[(row + m) * blocks + b];
+        for (int m = 0; m < Rows; ++m) to[m][v] = dot_pairs(to[m][v], w, broadcast(pair_at(x + m * p.x_stride + 2 * k)));
       }
     }
+#pragma GCC unroll 4
+    for (int c = 1; c < kChains; ++c)
+#pragma GCC unroll 8
+      for (int m = 0; m < Rows; ++m)
+#pragma GCC unroll 8
+        for (int v = 0; v < kSide; ++v) part[0][m][v] += part[c][m][v];
+    F32 d[kSide], shift[kSide];
+#pragma GCC unroll 8
+    for (int v = 0; v < kSide; ++v) {
+      const F16* at = scales[v / kParts] + v % kParts * kLanes;
+      if constexpr (W::kScaled) d[v] = load(at);
+      if constexpr (W::kShifted) shift[v] = load(at + M3_PACKED_ROWS);
+    }
+    add_block<W, Rows, kSide>(part[0], d, shift, p.sums + row * blocks + b, blocks, sum);
   }
-  for (int m = 0; m < Rows; ++m) write(p, row + m, tile, sum[m]);
+  for (int m = 0; m < Rows; ++m)
+    for (int t = 0; t < Tiles; ++t) {
+      F32 out[kParts];
+      for (int v = 0; v < kParts; ++v) out[v] = load(sum + ((m * Tiles + t) * kParts + v) * kLanes);
+      write(p, row + m, tile + t, out);
+    }
+}
+
+template <class W, int Tiles>
+void few_rows(const M3PackedLinearParams& p, int64_t tile, Prefetch& prefetch) {
+  for (int64_t row = 0; row < p.count;) {
+    const int64_t left = p.count - row;
+    if (kGroup >= 8 && left >= 8)
+      direct<W, kGroup, Tiles>(p, tile, row, prefetch), row += kGroup;
+    else if (kGroup >= 4 && left >= 4)
+      direct<W, kGroup / 2, Tiles>(p, tile, row, prefetch), row += kGroup / 2;
+    else if (left >= 2)
+      direct<W, 2, Tiles>(p, tile, row, prefetch), row += 2;
+    else
+      direct<W, 1, Tiles>(p, tile, row, prefetch), row += 1;
+  }
 }
 
 template <class W>
 void few_rows(const M3PackedLinearParams& p, int64_t begin, int64_t end) {
-  Prefetch prefetch(p.weight, begin, end);
-  for (int64_t tile = begin; tile < end; ++tile)
-    for (int64_t row = 0; row < p.count;) {
-      const int64_t left = p.count - row;
-      if (kGroup >= 8 && left >= 8)
-        direct<W, kGroup>(p, tile, row, prefetch), row += kGroup;
-      else if (kGroup >= 4 && left >= 4)
-        direct<W, kGroup / 2>(p, tile, row, prefetch), row += kGroup / 2;
-      else if (left >= 2)
-        direct<W, 2>(p, tile, row, prefetch), row += 2;
-      else
-        direct<W, 1>(p, tile, row, prefetch), row += 1;
-    }
+  // Where products take longer than reading, callers cut their tiles into small pieces: look beyond this one.
+  Prefetch prefetch(p.weight, begin, p.count >= 4 ? m3_packed_tiles(&p.weight) : end);
+  int64_t tile = begin;
+  if (p.count >= kGroup)
+    for (; tile + kDirectTiles <= end; tile += kDirectTiles) few_rows<W, kDirectTiles>(p, tile, prefetch);
+  for (; tile < end; ++tile) few_rows<W, 1>(p, tile, prefetch);
 }
 
 // ---- many rows -------------------------------------------------------------------------------------------------------
 
-template <class W>
+template <class W, int Tiles>
 struct Panel {
-  alignas(64) uint32_t pairs[kPanelCols / 2 * kPanelTiles * M3_PACKED_ROWS];
-  alignas(64) float scale[kPanelCols / M3_PACKED_COLS * kPanelTiles * M3_PACKED_ROWS];
-  alignas(64) float shift[kPanelCols / M3_PACKED_COLS * kPanelTiles * M3_PACKED_ROWS];
-  alignas(64) float sum[kPanelRows * kPanelTiles * M3_PACKED_ROWS];
+  static constexpr int kSide = Tiles * kParts;
+
+  alignas(64) uint32_t pairs[kPanelCols / 2 * Tiles * M3_PACKED_ROWS];
+  alignas(64) float scale[kPanelCols / M3_PACKED_COLS * Tiles * M3_PACKED_ROWS];
+  alignas(64) float shift[kPanelCols / M3_PACKED_COLS * Tiles * M3_PACKED_ROWS];
+  alignas(64) float sum[kPanelRows * Tiles * M3_PACKED_ROWS];
   int64_t first, blocks;  // of columns
 
-  static constexpr int kParts2 = kPanelTiles * kParts;  // vectors side by side
-
-  void expand(const M3PackedWeight& w, int64_t tile, int64_t tiles) {
-    for (int t = 0; t < kPanelTiles; ++t) {
-      const Tile<W> at(w, t < tiles ? tile + t : tile);  // a missing tile repeats one: computed, not written
+  void expand(const M3PackedWeight& w, int64_t tile) {
+    for (int t = 0; t < Tiles; ++t) {
+      const Tile<W> at(w, tile + t);
       for (int64_t b = 0; b < blocks; ++b) {
         const uint8_t* block = at.block(first + b);
         for (int k = 0; k < kPairs; ++k)
           for (int v = 0; v < kParts; ++v) {
             const U32 pair = W::expand(block, k, v);
-            memcpy(pairs + ((b * kPairs + k) * kParts2 + t * kParts + v) * kLanes, &pair, sizeof pair);
+            memcpy(pairs + ((b * kPairs + k) * kSide + t * kParts + v) * kLanes, &pair, sizeof pair);
           }
         for (int v = 0; v < kParts; ++v) {
-          float* to = scale + (b * kParts2 + t * kParts + v) * kLanes;
+          float* to = scale + (b * kSide + t * kParts + v) * kLanes;
           if constexpr (W::kScaled) store(to, load(at.scale(first + b) + v * kLanes));
-          to = shift + (b * kParts2 + t * kParts + v) * kLanes;
+          to = shift + (b * kSide + t * kParts + v) * kLanes;
           if constexpr (W::kShifted) store(to, load(at.scale(first + b) + M3_PACKED_ROWS + v * kLanes));
         }
       }
@@ -229,46 +272,35 @@ struct Panel {
 
   // sum += x times the panel, for Rows rows; sums [.., total] are those of x's blocks.
   template <int Rows>
-  void multiply(const uint16_t* x, int64_t stride, const float* sums, int64_t total, float* sum_at) const {
-    F32 whole[Rows][kParts2];
-    for (int m = 0; m < Rows; ++m)
-      for (int v = 0; v < kParts2; ++v) whole[m][v] = load(sum_at + (m * kParts2 + v) * kLanes);
+  void multiply(const uint16_t* x, int64_t stride, const float* sums, int64_t total, float* to) const {
     for (int64_t b = 0; b < blocks; ++b) {
-      F32 part[Rows][kParts2];
-      if constexpr (W::kScaled)
-        for (int m = 0; m < Rows; ++m)
-          for (int v = 0; v < kParts2; ++v) part[m][v] = F32{};
-      const uint32_t* panel = pairs + b * kPairs * kParts2 * kLanes;
+      F32 part[Rows][kSide] = {};
+      const uint32_t* panel = pairs + b * kPairs * kSide * kLanes;
       const uint16_t* xb = x + (first + b) * M3_PACKED_COLS;
 #pragma GCC unroll 2
       for (int k = 0; k < kPairs; ++k) {
-        U32 w[kParts2];
+        U32 w[kSide];
 #pragma GCC unroll 4
-        for (int v = 0; v < kParts2; ++v) w[v] = load_pairs(panel + (k * kParts2 + v) * kLanes);
-#pragma GCC unroll 12
+        for (int v = 0; v < kSide; ++v) {
+          U32 pair = load_pairs(panel + (k * kSide + v) * kLanes);
+          keep(pair);
+          w[v] = pair;
+        }
+#pragma GCC unroll 8
         for (int m = 0; m < Rows; ++m) {
           const U32 a = broadcast(pair_at(xb + m * stride + 2 * k));
 #pragma GCC unroll 4
-          for (int v = 0; v < kParts2; ++v) {
-            F32& to = W::kScaled ? part[m][v] : whole[m][v];
-            to = dot_pairs(to, w[v], a);
-          }
+          for (int v = 0; v < kSide; ++v) part[m][v] = dot_pairs(part[m][v], w[v], a);
         }
       }
-      if constexpr (W::kScaled)
+      F32 d[kSide], s[kSide];
 #pragma GCC unroll 4
-        for (int v = 0; v < kParts2; ++v) {
-          const F32 d = load(scale + (b * kParts2 + v) * kLanes);
-#pragma GCC unroll 12
-          for (int m = 0; m < Rows; ++m) {
-            whole[m][v] += d * part[m][v];
-            if constexpr (W::kShifted)
-              whole[m][v] += load(shift + (b * kParts2 + v) * kLanes) * sums[m * total + first + b];
-          }
-        }
+      for (int v = 0; v < kSide; ++v) {
+        if constexpr (W::kScaled) d[v] = load(scale + (b * kSide + v) * kLanes);
+        if constexpr (W::kShifted) s[v] = load(shift + (b * kSide + v) * kLanes);
+      }
+      add_block<W, Rows, kSide>(part, d, s, sums + first + b, total, to);
     }
-    for (int m = 0; m < Rows; ++m)
-      for (int v = 0; v < kParts2; ++v) store(sum_at + (m * kParts2 + v) * kLanes, whole[m][v]);
   }
 
   void multiply_rows(const M3PackedLinearParams& p, int64_t row, int64_t rows) {
@@ -276,43 +308,48 @@ struct Panel {
     for (int64_t m = 0; m < rows;) {
       const uint16_t* x = p.x + (row + m) * p.x_stride;
       const float* sums = p.sums + (row + m) * total;
-      float* to = sum + m * kParts2 * kLanes;
+      float* to = sum + m * kSide * kLanes;
       const int64_t left = rows - m;
       if (left >= kStep)
         multiply<kStep>(x, p.x_stride, sums, total, to), m += kStep;
-      else if (left >= 4)
-        multiply<kStep == 6 ? 4 : 2>(x, p.x_stride, sums, total, to), m += 4;
       else if (left >= 2)
         multiply<2>(x, p.x_stride, sums, total, to), m += 2;
       else
         multiply<1>(x, p.x_stride, sums, total, to), m += 1;
     }
   }
+
+  // Rows [row, row + rows) of x times tiles [tile, tile + Tiles).
+  void run(const M3PackedLinearParams& p, int64_t tile, int64_t row, int64_t rows) {
+    const int64_t total = p.weight.cols / M3_PACKED_COLS, most = kPanelCols / M3_PACKED_COLS;
+    const int64_t passes = (total + most - 1) / most, each = passes > 0 ? (total + passes - 1) / passes : 0;
+    memset(sum, 0, sizeof(float) * rows * Tiles * M3_PACKED_ROWS);
+    for (first = 0; first < total; first += each) {
+      blocks = total - first < each ? total - first : each;
+      expand(p.weight, tile);
+      multiply_rows(p, row, rows);
+    }
+    for (int64_t m = 0; m < rows; ++m)
+      for (int64_t t = 0; t < Tiles; ++t) {
+        F32 out[kParts];
+        for (int v = 0; v < kParts; ++v) out[v] = load(sum + ((m * Tiles + t) * kParts + v) * kLanes);
+        write(p, row + m, tile + t, out);
+      }
+  }
 };
 
 template <class W>
 void many_rows(const M3PackedLinearParams& p, int64_t begin, int64_t end) {
-  Panel<W> panel;
-  const int64_t blocks = p.weight.cols / M3_PACKED_COLS, most = kPanelCols / M3_PACKED_COLS;
+  union {
+    Panel<W, kPanelTiles> wide;
+    Panel<W, 1> narrow;
+  };
   const int64_t passes = (p.count + kPanelRows - 1) / kPanelRows, each = (p.count + passes - 1) / passes;
   for (int64_t row = 0; row < p.count; row += each) {
     const int64_t rows = p.count - row < each ? p.count - row : each;
-    for (int64_t tile = begin; tile < end; tile += kPanelTiles) {
-      const int64_t tiles = end - tile < kPanelTiles ? end - tile : kPanelTiles;
-      memset(panel.sum, 0, sizeof(float) * rows * kPanelTiles * M3_PACKED_ROWS);
-      for (panel.first = 0; panel.first < blocks; panel.first += most) {
-        panel.blocks = blocks - panel.first < most ? blocks - panel.first : most;
-        panel.expand(p.weight, tile, tiles);
-        panel.multiply_rows(p, row, rows);
-      }
-      for (int64_t m = 0; m < rows; ++m)
-        for (int64_t t = 0; t < tiles; ++t) {
-          F32 sums[kParts];
-          for (int v = 0; v < kParts; ++v)
-            sums[v] = load(panel.sum + ((m * kPanelTiles + t) * kParts + v) * kLanes);
-          write(p, row + m, tile + t, sums);
-        }
-    }
+    int64_t tile = begin;
+    for (; tile + kPanelTiles <= end; tile += kPanelTiles) wide.run(p, tile, row, rows);
+    for (; tile < end; ++tile) narrow.run(p, tile, row, rows);
   }
 }
 
