@@ -16,6 +16,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from memory3_kernels import pages
+
 
 class RecordSource(Protocol):
     """What fills slots: a bank, or anything with its `read_into`."""
@@ -42,7 +44,7 @@ def _aligned(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     slot = math.prod(shape[1:])
     unit = ALIGNMENT // dtype.itemsize
     stride = -(-slot // unit) * unit
-    raw = torch.zeros(shape[0] * stride + unit, dtype=dtype)
+    raw = pages.zeros((shape[0] * stride + unit,), dtype)
     start = -raw.data_ptr() % ALIGNMENT // dtype.itemsize
     return raw[start : start + shape[0] * stride].view(shape[0], stride)[:, :slot].unflatten(1, tuple(shape[1:]))
 

@@ -34,6 +34,7 @@ typedef long long ll;  // what %lld takes everywhere
 constexpr int64_t kTile = M3_PACKED_ROWS, kBlock = M3_PACKED_COLS;
 constexpr int64_t kShare = 2;         // tiles that stay together: a block of the next linear map's input
 constexpr int64_t kAhead = 64 << 10;  // bytes of the next weight that a waiting member fetches
+constexpr int64_t kSpread = 4;        // sequences from which linear maps leave memory idle
 
 // Buffers of a step, cut from one workspace.
 struct Buffers {
@@ -97,6 +98,57 @@ class Ahead {
   const uint8_t *at_, *end_;
 };
 
+// Fetches the records that attention will ask this member for: short pieces far apart, which no hardware prefetcher
+// follows, and which products of several sequences leave the memory idle for.
+class RecordsAhead {
+ public:
+  RecordsAhead() = default;
+
+  // Of memory layer `memory`, for items [sequence, KV head]: those dealt to this member, and its part of the others.
+  RecordsAhead(const M3DecodeStepParams& p, int64_t memory, const Member& member) : p_(&p), memory_(memory) {
+    const int64_t items = p.batch * p.kv_heads, dealt = member.count == 1 ? items : member.dealt(items, 1);
+    first_ = member.index * dealt, dealt_ = dealt, rest_ = member.count * dealt + member.index, every_ = member.count;
+    count_ = dealt + (items > rest_ ? (items - rest_ + every_ - 1) / every_ : 0);
+    for (piece_ = -1; next_piece();) lines_ += (bytes_ + 63) / 64;
+    piece_ = -1, bytes_ = 0;
+  }
+
+  int64_t lines() const { return lines_; }
+
+  // The next n lines.
+  void operator()(int64_t n) {
+    for (; n > 0; --n, at_ += 64, bytes_ -= 64) {
+      while (bytes_ <= 0)
+        if (!next_piece()) return;
+      __builtin_prefetch(at_, 0, 2);
+    }
+  }
+
+ private:
+  // Keys or values of an item's record. False behind the last.
+  bool next_piece() {
+    if (p_ == nullptr) return false;
+    const M3Records& records = p_->memory;
+    while (++piece_ < count_ * records.refs * 2) {
+      const int64_t i = piece_ / 2 / records.refs, item = i < dealt_ ? first_ + i : rest_ + (i - dealt_) * every_;
+      const int64_t slot = records.slot[item / p_->kv_heads * records.refs + piece_ / 2 % records.refs];
+      const int64_t kv = item % p_->kv_heads;
+      const int64_t head = records.head_map ? records.head_map[memory_ * p_->kv_heads + kv] : kv;
+      if (slot < 0 || head < 0) continue;
+      const int64_t* const stride = piece_ % 2 ? records.v_stride : records.k_stride;
+      at_ = static_cast<const char*>(piece_ % 2 ? records.v : records.k) +
+            2 * (memory_ * p_->memory_stride + slot * stride[0] + head * stride[1]);
+      bytes_ = 2 * records.length[slot] * stride[2];
+      if (bytes_ > 0) return true;
+    }
+    return false;
+  }
+
+  const M3DecodeStepParams* p_ = nullptr;
+  int64_t memory_ = 0, first_ = 0, dealt_ = 0, rest_ = 0, every_ = 1, count_ = 0, piece_ = 0, bytes_ = 0, lines_ = 0;
+  const char* at_ = nullptr;
+};
+
 // Adds the time since the last call to a stage; nothing without a profile.
 class Watch {
  public:
@@ -134,10 +186,15 @@ class Step {
   void run() {
     embed();
     int64_t memory = 0;  // of the next layer that reads records
+    const auto reads_records = [&](int64_t layer) {
+      return memory < p_.memory_layers && p_.memory_layer[memory] == layer;
+    };
+    if (reads_records(0)) records_ahead_ = RecordsAhead(p_, memory, member_);
     for (int64_t layer = 0; layer < p_.layers; ++layer) {
       const M3PackedWeight* weights = p_.weights + layer * M3_STEP_LINEARS;
-      const bool reads = memory < p_.memory_layers && p_.memory_layer[memory] == layer;
+      const bool reads = reads_records(layer);
       norm(2 * layer);
+      if (p_.batch < kSpread) records_ahead_(records_ahead_.lines());
       linear(weights[M3_STEP_QKV], w_.qkv);
       meet(M3_STEP_LINEAR, weights[M3_STEP_OUT]);
       attention(layer, reads ? memory++ : -1);
@@ -148,6 +205,7 @@ class Step {
       norm(2 * layer + 1);
       gate_up(weights[M3_STEP_GATE_UP]);
       meet(M3_STEP_FFN, weights[M3_STEP_DOWN]);
+      records_ahead_ = reads_records(layer + 1) ? RecordsAhead(p_, memory, member_) : RecordsAhead();
       linear_added(weights[M3_STEP_DOWN], w_.gated, w_.gated_sums);
       meet(M3_STEP_FFN, weights[M3_STEP_LINEARS]);  // the next layer's first, or the head
     }
@@ -190,18 +248,35 @@ class Step {
     return {weight, x, weight.cols, sums, p_.batch, out, M3_F32, weight.rows};
   }
 
+  // member_.share for tiles of a linear map; with several sequences, records are fetched between the tiles.
+  template <class Work>
+  void share_fetching(int64_t tiles, const Work& work) {
+    const int64_t lines = records_ahead_.lines();
+    if (p_.batch < kSpread || lines == 0) return member_.share(tiles, kShare, work);
+    // Shares of the next layer's records between the maps before attention: down, and queries, keys and values.
+    const M3PackedWeight* const maps = p_.weights;
+    const int64_t all = m3_packed_tiles(&maps[M3_STEP_DOWN]) + m3_packed_tiles(&maps[M3_STEP_QKV]);
+    const int64_t each = lines * kShare * member_.count / all + 1;
+    member_.share(tiles, kShare, [&](int64_t begin, int64_t end) {
+      for (int64_t at = begin; at < end; at += kShare) {
+        records_ahead_(each);
+        work(at, at + kShare < end ? at + kShare : end);
+      }
+    });
+  }
+
   // out [B, rows] = input times weight.
   void linear(const M3PackedWeight& weight, float* out) {
     const M3PackedLinearParams params = linear_params(weight, input_, sums_, out);
     const auto kernel = M3_AT_LEVEL(packed_linear);
-    member_.share(m3_packed_tiles(&weight), kShare, [&](int64_t begin, int64_t end) { kernel(params, begin, end); });
+    share_fetching(m3_packed_tiles(&weight), [&](int64_t begin, int64_t end) { kernel(params, begin, end); });
   }
 
   // Adds x times weight to the residual stream.
   void linear_added(const M3PackedWeight& weight, const uint16_t* x, const float* sums) {
     const M3PackedLinearParams params = linear_params(weight, x, sums, w_.added);
     const auto kernel = M3_AT_LEVEL(packed_linear);
-    member_.share(m3_packed_tiles(&weight), kShare, [&](int64_t begin, int64_t end) {
+    share_fetching(m3_packed_tiles(&weight), [&](int64_t begin, int64_t end) {
       kernel(params, begin, end);
       M3_AT_LEVEL(step_add)(w_.added, p_.batch, p_.dim, begin * kTile, end * kTile, w_.x);
     });
@@ -290,6 +365,7 @@ class Step {
   const Buffers& w_;
   Member& member_;
   Watch watch_;
+  RecordsAhead records_ahead_;  // of the next layer's attention
   uint16_t* const input_;
   float* const sums_;
 };

@@ -8,6 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from memory3_kernels import pages
+
 from ..config import ModelConfig
 from .rope import Rope
 
@@ -57,8 +59,10 @@ class KVCache:
         if slide is not None and slide <= 0:
             raise ValueError(f"slide must be a positive number of rows, got {slide}")
         shape = (config.n_layers, batch, capacity, config.n_kv_heads, config.head_dim)
-        self.k = torch.zeros(shape, dtype=dtype, device=device)
-        self.v = torch.zeros(shape, dtype=dtype, device=device)
+        on_cpu = torch.device(device).type == "cpu"
+        self.k, self.v = (
+            pages.zeros(shape, dtype) if on_cpu else torch.zeros(shape, dtype=dtype, device=device) for _ in range(2)
+        )
         self.config = config
         self.overflow = overflow
         self.lengths = [0] * batch
