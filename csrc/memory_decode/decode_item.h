@@ -28,7 +28,7 @@ struct CacheSide {
   }
 };
 
-// Memory on its way to the cache (L2) while something else is worked on: rows of `span` bytes.
+// Memory on its way to the first-level cache while something else is worked on: rows of `span` bytes.
 struct Ahead {
   const char* row = nullptr;
   int64_t pitch = 0;
@@ -46,10 +46,10 @@ struct Ahead {
   void operator()(int n) {
     while (n > 0 && left > 0) {
       if (n >= 4 && at + 256 <= span) {
-        for (int i = 0; i < 4; ++i) __builtin_prefetch(row + at + 64 * i, 0, 2);
+        for (int i = 0; i < 4; ++i) __builtin_prefetch(row + at + 64 * i);
         at += 256, n -= 4;
       } else {
-        __builtin_prefetch(row + at, 0, 2);
+        __builtin_prefetch(row + at);
         at += 64, --n;
       }
       if (at >= span) at = 0, row += pitch, --left;
@@ -57,11 +57,11 @@ struct Ahead {
   }
 };
 
-// Rows of cache that are worked on at a time: about as much as the first-level cache holds. At least the smallest page
-// and a power of two, so that no stage crosses a page.
+// Rows of cache that are worked on at a time: a third of a first-level cache of 48 KB, which has room for them, for the
+// next ones and for the queries. A power of two no larger than the smallest page, or more: no stage crosses a page.
 inline int stage_rows(int64_t bytes_per_row) {
   int rows = kBlock;
-  while (rows > 16 && rows * bytes_per_row > 32768) rows /= 2;
+  while (rows > 8 && rows * bytes_per_row > 16384) rows /= 2;
   return rows;
 }
 
