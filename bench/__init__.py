@@ -2,5 +2,7 @@
 
 import os
 
-# As the command line does, before torch is imported: waiting threads of OpenMP must not spin on the cores of others.
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+# As the command line does, before torch is imported: waiting threads of OpenMP spin for some microseconds, not for
+# milliseconds on the cores of others.
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "2000")

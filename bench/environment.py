@@ -6,12 +6,15 @@ import functools
 import hashlib
 import os
 import platform
+import time
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("memory3", "torch", "numpy", "faiss-cpu", "lmdb", "tokenizers")
+
+SETTINGS = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "M3_SIMD", "M3_BACKEND")
 
 
 def describe() -> dict[str, Any]:
@@ -27,8 +30,7 @@ def describe() -> dict[str, Any]:
         "system": platform.platform(),
         "packages": {name: version(name) for name in PACKAGES},
         "native": native,
-        "settings": {name: os.environ[name] for name in ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "M3_SIMD", "M3_BACKEND")
-                     if name in os.environ},
+        "settings": {name: os.environ[name] for name in SETTINGS if name in os.environ},
     }  # fmt: skip
 
 
@@ -48,6 +50,25 @@ def source_hash(op: str) -> str:
 def load_average() -> float:
     """Runnable processes over the last minute; this benchmark counts with its threads."""
     return os.getloadavg()[0]
+
+
+def busy_seconds() -> float:
+    """Processor seconds that all processes of the machine have used, all cores together (ticks of 10 ms)."""
+    user, nice, system, _, _, irq, softirq, steal, *_ = map(int, _proc("stat").splitlines()[0].split()[1:])
+    return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
+
+
+def cpu_seconds(child: int | None = None) -> float:
+    """Processor seconds of this process, and of a child where its pid is given."""
+    seconds = time.process_time()
+    if child is not None:
+        fields = _proc(f"{child}/stat").rpartition(")")[2].split()
+        seconds += (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    return seconds
+
+
+def _proc(name: str) -> str:
+    return Path("/proc", name).read_text(encoding="utf-8")
 
 
 def cpu_name() -> str:

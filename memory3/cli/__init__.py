@@ -8,8 +8,10 @@ import sys
 
 def main() -> None:
     """Entry point: exit code 0 done, 1 an error that says what to do, 2 wrong usage, 130 interrupted."""
-    # Before torch starts its threads: waiting threads that spin make a shared machine ten times slower.
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    # Before torch starts its threads: waiting threads that spin for long make a shared machine ten times slower, and
+    # those that sleep at once have to be woken for every small operation of a prompt.
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "2000")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     from .app import app
     from .common import report
