@@ -25,6 +25,8 @@ m3_status validate(const M3MemoryAttentionParams& p) {
 
 }  // namespace m3
 
+m3_status m3_memory_attention_check(const M3MemoryAttentionParams* p) { return m3::validate(*p); }
+
 m3_status m3_memory_attention_cpu(const M3MemoryAttentionParams* p) {
   M3_TRY(m3::validate(*p));
   const auto kernel = M3_AT_LEVEL(memory_attention);

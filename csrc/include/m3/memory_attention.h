@@ -28,6 +28,9 @@ typedef struct M3MemoryAttentionParams {
 } M3MemoryAttentionParams;
 
 M3_API m3_status m3_memory_attention_cpu(const M3MemoryAttentionParams* params);
+/* M3_OK, or M3_INVALID for a size, or a value of an index tensor, that m3_memory_attention_cpu would refuse. Index tensors
+ * are on the host; nothing else is looked at. */
+M3_API m3_status m3_memory_attention_check(const M3MemoryAttentionParams* params);
 
 /* `forward` as it was called, with its results in out and lse (mass unused). All of these are contiguous. */
 typedef struct M3MemoryAttentionBackwardParams {
