@@ -183,8 +183,8 @@ def add_cuda(
     host = f"-ccbin {os.environ['CXX']} " if os.environ.get("CXX") else ""
     ninja.rule("nvcc", f"{toolkit.nvcc} {host}-MMD -MF $out.d $flags -c $in -o $out", "nvcc $out", depfile=True)
     ninja.rule("nvlink", f"{toolkit.nvcc} {host}-shared $in $flags -o $out", "link $out")
-    flags = ["-std=c++17", "-O3", "-lineinfo", "-Xcompiler -fPIC,-fvisibility=hidden,-Wall", *toolkit.targets,
-             f"-I{CSRC}/include", f"-I{CSRC}", f"'-DM3_CUDA_ARCHS=\"{toolkit.archs}\"'"]  # fmt: skip
+    flags = ["-std=c++17", "-O3", os.environ.get("M3_NVCC_FLAGS", ""), "-Xcompiler -fPIC,-fvisibility=hidden,-Wall",
+             *toolkit.targets, f"-I{CSRC}/include", f"-I{CSRC}", f"'-DM3_CUDA_ARCHS=\"{toolkit.archs}\"'"]  # fmt: skip
     objects = [ninja.compile(source, flags, rule="nvcc") for source in sorted(CSRC.rglob("*.cu"))]
     kernels = ninja.link(lib_dir / toolkit.library, objects, [
         *toolkit.targets, *toolkit.link_flags, f"-Xlinker -soname,{toolkit.library}",
