@@ -57,6 +57,8 @@ def vq_dequantize(only: int | None) -> Iterator[Case]:
     yield Case("D24_b4_PQ3x13-no-rotation", vq._sample((19,), 24, 4, 3, 13, rotate=False))
     yield Case("D256_b7_PQ64x4-no-rotation", vq._sample((18,), 256, 7, 64, 4, rotate=False, half_tables=True))
     if not only:
+        # The least number of vectors for which a fine table of 16 entries per part lies in shared memory.
+        yield Case("table-in-shared-memory", vq._sample((16899,), 24, 4, 3, 4, rotate=False, half_tables=True))
         yield Case("D64_b5_PQ8x7-grid", vq._sample((2, 3, 5), 64, 5, 8, 7))
         yield Case("D128_b8_PQ16x8", vq._sample((33,), 128, 8, 16, 8))
         yield Case("D128_b8_PQ16x8-fp16-tables", vq._sample((9,), 128, 8, 16, 8, half_tables=True))
