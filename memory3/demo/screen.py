@@ -83,12 +83,13 @@ class Screen:
     def _verdict(report: dict) -> str:
         none, memory, rag = (next(r for r in report["rows"] if r["mode"] == m) for m in MODES)
         share = (none["loss"] - memory["loss"]) / max(1e-9, none["loss"] - rag["loss"])
-        text = "wins" if rag["hits"] > memory["hits"] else "does not win"
+        what = "This model was never trained to read memories"
+        if report.get("adapter"):
+            what = "An adapter taught this model to read memories (the titles asked about were not in its training)"
         return (
-            "This model was never trained to read memories. Reading them moves its answer loss from "
-            f"{none['loss']:.2f} to {memory['loss']:.2f} nats per token, {share:.0%} of the way to text in the prompt "
-            f"({rag['loss']:.2f}); in correct answers text still {text} "
-            f"({rag['hits']:.0%} against {memory['hits']:.0%}). Weights adapted to reading are what closes the gap."
+            f"{what}. Reading them moves its answer loss from {none['loss']:.2f} to {memory['loss']:.2f} nats per "
+            f"token, {share:.0%} of the way to text in the prompt ({rag['loss']:.2f}); correct answers: "
+            f"{memory['hits']:.0%} with memory, {rag['hits']:.0%} with text, {none['hits']:.0%} with neither."
         )
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 CHOICES = ("found", "random", "gold removed")
-CODEC = "OPQ8_64,Residual2x8,PQ8x8"
+CODECS = {"VQ 10 B": "OPQ8_64,Residual2x8,PQ8x8", "VQ 34 B": "Residual2x8,PQ32x8"}  # bytes per vector; bf16 has 128
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ def main_arms(n_layers: int, span: int, readers: tuple[str, ...], controls: int 
         arms += [
             Arm(f"{who}: no memory", who),
             Arm(f"{who}: memory", who, "memory"),
-            Arm(f"{who}: memory, VQ", who, "memory", codec=CODEC, limit=controls),
+            *(Arm(f"{who}: memory, {n}", who, "memory", codec=c, limit=controls) for n, c in CODECS.items()),
             Arm(f"{who}: RAG 5", who, "text", limit=controls),
             Arm(f"{who}: RAG 1", who, "text", refs=1, limit=controls),
             Arm(f"{who}: full KV", who, "memory", memory=every, limit=controls),
@@ -89,7 +89,7 @@ def ablations(n_layers: int, tokens: int, reader: str = "original") -> dict[str,
         ],
         "vector quantisation": [
             arm(f"{spec} ({_bits(spec)} bits)", codec=spec)
-            for spec in ("Residual2x4,PQ4x8", "OPQ8_64,Residual2x6,PQ8x6", CODEC, "OPQ16_64,Residual2x8,PQ16x8")
+            for spec in ("OPQ8_64,Residual2x8,PQ8x8", "Residual2x8,PQ16x8", "Residual2x8,PQ32x8", "Residual2x8,PQ64x8")
         ],
         "refit after selection, 8 tokens per head": [
             arm(refit or "none", refit=refit, memory={"tokens": 8}) for refit in ("", "bias", "value", "both")

@@ -254,7 +254,7 @@ class Evaluation:
             rng = random.Random(f"{self.plan.seed} codec")
             loaded = Writer(net, among)(rng.sample(range(len(among)), min(CODEC_REFERENCES, len(among))))
             memories = [Memory(kv, n_valid=int(n)) for kv, n in zip(loaded.kv, loaded.length, strict=True)]
-            codec = train_codec(spec, memories, max_vectors=100_000, seed=self.plan.seed)
+            codec = train_codec(spec, memories, max_vectors=40_000, seed=self.plan.seed)
             file.parent.mkdir(exist_ok=True)
             file.write_bytes(codec.to_bytes())
         return Codec.from_bytes(file.read_bytes())

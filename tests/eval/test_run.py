@@ -177,7 +177,7 @@ def test_an_adapter_reads_what_the_checkpoint_wrote(tmp_path):
 def test_lists_of_arms():
     arms = main_arms(30, 128, ("original", "adapted", "closed book", "reader of text"), 100)
     names = [a.name for a in arms]
-    assert len(names) == len(set(names)) == 18 and "trained reader: RAG 5" in names
+    assert len(names) == len(set(names)) == 20 and "trained reader: RAG 5" in names
     assert next(a for a in arms if a.name == "adapted: full KV").memory["tokens"] == 128
     for title, part in ablations(30, 32).items():
         assert len({a.name for a in part}) == len(part) > 2, title
