@@ -22,7 +22,9 @@ _PAPER = TrainConfig(
     save_minutes=30.0,
 )  # fmt: skip
 
-# The demo's adapter: 8 tokens per head in half the layers, a band where the unadapted checkpoint reads well.
+# 8 tokens per head in half the layers, a band where the unadapted checkpoint reads well; the adapter of the demo (sft)
+# reads what the checkpoint's own banks hold.
+SMOL_MEMORY = {"layers": tuple(range(30)), "tokens": 32, "rule": "causal"}
 _SMOL = TrainConfig(
     name="smollm2-135m", model="smollm2-135m", memory={"layers": tuple(range(12, 27)), "tokens": 8}, length=512,
     batch=8, micro_batch=4, steps=2000, lr=5e-4, warmup_steps=50, weight_decay=0.01, lora=LoRA(rank=16, alpha=32.0),
@@ -50,7 +52,10 @@ RUNS = MappingProxyType(
         ),
         "tiny": _stages(_TINY, warmup={}, continual={"lr": 1e-3, "steps": 200}, sft={"lr": 1e-3, "steps": 400}),
         "smollm2-135m": _stages(
-            _SMOL, warmup={}, continual={"write": "live"}, sft={"write": "frozen", "batch": 16, "micro_batch": 16}
+            _SMOL,
+            warmup={},
+            continual={"write": "live"},
+            sft={"write": "frozen", "batch": 16, "micro_batch": 16, "warmup_steps": 20, "memory": SMOL_MEMORY},
         ),
     }
 )
