@@ -87,7 +87,7 @@ def test_changes_on_the_command_line(tmp_path):
         base, ["lr=1e-4", "lora.rank=4", "memory.tokens=16", "write=live", 'lora.targets=["qkv"]'], None
     )
     assert changed.lr == 1e-4 and changed.lora.rank == 4 and changed.lora.targets == ("qkv",)
-    assert changed.memory == {"layers": tuple(range(12, 27)), "tokens": 16} and changed.write == "live"
+    assert changed.memory == {"layers": tuple(range(30)), "tokens": 16, "rule": "causal"} and changed.write == "live"
     assert with_changes(base, ["lora=none"], tmp_path).model == str(tmp_path)
     with pytest.raises(ValueError, match="name=value"):
         with_changes(base, ["lr"], None)
