@@ -46,3 +46,29 @@ def test_the_answers_shown_are_half_helped_half_not():
     entries = [{"n": i, "hit": {"none": i == 0, "memory": i in (0, 3, 5, 6), "rag": True}} for i in range(8)]
     assert [e["n"] for e in chosen(entries, 4)] == [0, 1, 3, 5]
     assert [e["n"] for e in chosen(entries[:3], 4)] == [0, 1, 2]
+
+
+def test_a_demo_asks_about_titles_that_no_adapter_saw(monkeypatch):
+    from memory3 import data
+    from memory3.data import Entry
+    from memory3.demo.run import choose_entries, held_out
+    from memory3.train.holdout import split_of
+
+    def corpus(source):
+        return lambda: iter(Entry(f"{source} {i} - Capital", f"text {i}", source) for i in range(200))
+
+    monkeypatch.setattr(data, "wiki", corpus("wiki"))
+    monkeypatch.setattr(data, "factbook", corpus("factbook"))
+    some = choose_entries(lambda text: list(range(len(text.split()))), 128, 40, 0)
+    assert [e.source for e in some] == ["wiki"] * 20 + ["factbook"] * 20
+    assert all(split_of(e.title) != "train" for e in some[:20])
+    assert all(split_of(e.title.partition(" - ")[0]) != "train" for e in some[20:])  # a country is in one split
+    every = choose_entries(lambda text: list(range(len(text.split()))), 128, 400, 0)
+    assert len(every) == 400 and some[0] == every[0]
+    assert not held_out(next(as_chunk(e) for e in every if split_of(e.title) == "train" and e.source == "wiki"))
+
+
+def as_chunk(entry):
+    from memory3.bank.corpus import Chunk
+
+    return Chunk(entry.title, entry.text, [1], entry.source, 0, len(entry.text))
