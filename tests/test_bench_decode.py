@@ -301,9 +301,10 @@ def test_a_run_that_writes_is_made_again():
         stored[0] += len(runs) == 1
         return Stats(batch=1, new_tokens=len(runs))
 
-    arm = arms.Arm("memory-vq", run, lambda: restarts.append(1), lambda: stored[0])
-    assert arms.timed(arm, [[1]], 1)["new_tokens"] == 2 and len(restarts) == 2
-    assert arms.timed(arm, [[1]], 1)["new_tokens"] == 3 and len(restarts) == 3
+    emptied = []
+    arm = arms.Arm("memory-vq", run, lambda: restarts.append(1), lambda: stored[0], lambda: emptied.append(1))
+    assert arms.timed(arm, [[1]], 1)["new_tokens"] == 2 and len(restarts) == 2 and len(emptied) == 1
+    assert arms.timed(arm, [[1]], 1)["new_tokens"] == 3 and len(restarts) == 3 and len(emptied) == 1
 
 
 @pytest.fixture
@@ -317,7 +318,7 @@ def tiny(tmp_path, monkeypatch):
     monkeypatch.setattr(decode.ceilings, "measure", lambda count: CEILINGS)
     monkeypatch.setattr(summary, "PRESETS", {summary.MODEL: replace_preset(model)})
     line = ["decode", "--weights", "dense", "--batch", "2", "--refs", "3", "--threads", "1", "--tokens", "64",
-            "--runs", "2", "--references", "40", "--bank", str(tmp_path / "bank")]  # fmt: skip
+            "--runs", "2", "--references", "40", "--others", "99", "--bank", str(tmp_path / "bank")]  # fmt: skip
     return tmp_path, line
 
 
@@ -345,10 +346,13 @@ def test_whole_command(tiny, capsys):
     assert set(read["about"]["dense, 1 threads"]["write_s"]) == set(arms.LOADING)
     shown = capsys.readouterr().out
     assert "memory against no memory, warm" in shown and "pays from uses" in shown
+    assert all(0 <= run["others"] < 99 for run in read["runs"])
     before = read["runs"]
     assert command.main([*line, "--json", str(out), "--minutes", "0"]) == 0
     assert json.loads(out.read_text())["runs"] == before, "nothing is measured twice"
-    assert command.main([*line[:-1], str(folder / "bank"), "--runs", "2", "--minutes", "0"]) == 0
+    again = [*line, "--json", str(folder / "other.json"), "--protocol", "worst", "--arms", "none", "--others", "-1"]
+    assert command.main(again) == 0 and "round 1 does not count" in capsys.readouterr().out
+    assert not (folder / "other.json").exists(), "a round that was disturbed is not kept"
 
 
 def test_peak_memory_is_that_of_a_process(tiny, capsys):

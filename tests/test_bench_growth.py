@@ -61,7 +61,7 @@ def test_embeddings_repeat_and_differ():
 
 @pytest.fixture
 def small(monkeypatch):
-    for name, value in (("SIZES", (20, 60)), ("QUERIES", 8), ("LOADS", 6), ("BATCH", 16), ("CENTRES", 4)):
+    for name, value in (("QUERIES", 8), ("LOADS", 6), ("BATCH", 16), ("CENTRES", 4)):
         monkeypatch.setattr(banks, name, value)
 
 
@@ -94,20 +94,8 @@ def test_recall():
 def test_command_keeps_what_it_has(tmp_path, small, monkeypatch, capsys):
     monkeypatch.setattr(curves, "AXES", {"context": (64, 128), "batch": (1, 2)})
     out = tmp_path / "g.json"
-    line = [
-        "growth",
-        "--part",
-        "ops",
-        "bank",
-        "--runs",
-        "2",
-        "--most",
-        "60",
-        "--json",
-        str(out),
-        "--folder",
-        str(tmp_path),
-    ]
+    line = ["growth", "--part", "ops", "bank", "--runs", "2", "--sizes", "20", "60", "--json", str(out), "--folder",
+            str(tmp_path)]  # fmt: skip
     assert command.main(line) == 0
     read = json.loads(out.read_text())
     assert {(r["part"], r["curve"]) for r in read["rows"]} == {

@@ -2,12 +2,12 @@
 
 SmolLM2-135M, greedy, 128 tokens in and 128 out, throughput over the whole time (Memory3, Table 21). One run of each arm
 per round, every round with other questions, another arm first each time. Protocols:
-  warm    records in RAM where it has room, slots cached; all arms
+  warm    slots cached as previous rounds left them, and after --prepare the records' pages in RAM; all arms
   worst   every memory of a run is another one, slots emptied and the bank's pages evicted before it; the arms that read
           records, beside the plain loop
 A file given with --json is gone on with: rounds it has are kept, so that a measurement may be taken in slices
-(--minutes). Memories are written when they are first retrieved; a run that does so is made again. --prepare does it
-beforehand, when time is cheaper.
+(--minutes). Memories are written when they are first retrieved; --prepare does it beforehand and brings their pages
+into RAM, and a run that has to write some is made again.
 """
 
 from __future__ import annotations
@@ -48,6 +48,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--references", type=int, default=20_000, help="references in the bank (default 20000)")
     parser.add_argument("--bank", metavar="DIR", type=Path, help="of the references (default: in the cache folder)")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="start no round that would end later")
+    parser.add_argument(
+        "--others",
+        type=float,
+        default=0.1,
+        help="drop rounds in which other processes took more of the processors "
+        "(default 0.1); the next call makes them again",
+    )
     parser.add_argument("--prepare", action="store_true", help="write every record that will be read; time nothing")
     parser.add_argument("--peak-memory", action="store_true", help="peak memory, each arm in a process of its own")
     parser.add_argument("--one-arm", help=argparse.SUPPRESS)  # what --peak-memory starts
@@ -201,10 +208,13 @@ def measure(ground: Ground, setting: Setting, record: Record, args: argparse.Nam
             seen = {
                 name: step(arms.timed(found[name], prompts, setting.tokens)) for name in names[shift:] + names[:shift]
             }
+            longest = max(longest, time.monotonic() - begin)
+            if (others := max(run["others"] for run in seen.values())) > args.others:
+                print(f"round {number} does not count: other processes took {others:.0%} of the processors")
+                continue
             record.add(setting, number, {name: seen[name] for name in names})
             record.settings |= ground.settings()
             record.save(summary.rows)
-            longest = max(longest, time.monotonic() - begin)
     return True
 
 

@@ -98,6 +98,7 @@ def _row(record: Record, setting: Setting, arm: str, runs: dict, predicted: dict
             if other != arm and guess and predicted.get(other)
         },
         "load_average": median("load"),
+        "others": max(r.get("others", 0.0) for r in mine),
     }
 
 

@@ -4,7 +4,7 @@ An exponent is the slope in a log-log plot, by least squares over all points and
 proportional, 0 does not grow. Parts:
   ops      memory_decode on made-up operands: context 256 to 16k, batch 1 to 64, 1 to 32 memories
   engine   a decode step and a prompt of SmolLM2-135M: context 256 to 8k, batch 1 to 64, 1 to 32 memories
-  bank     1,000 to --most references as vector-quantised records: writing, searching, loading, bytes on disk. Codes
+  bank     1,000 to a million references as vector-quantised records: writing, searching, loading, bytes on disk. Codes
            and embeddings are made up (uniform bytes; a mixture of Gaussians): encoding a million texts would take days
 """
 
@@ -32,7 +32,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--part", nargs="+", choices=PARTS, default=list(PARTS), help="default: all")
     parser.add_argument("--threads", type=int, default=1, help="threads of torch (default 1)")
     parser.add_argument("--runs", type=int, default=9, help="measurements per point (default 9)")
-    parser.add_argument("--most", type=int, default=1_000_000, help="largest number of references (default 1000000)")
+    parser.add_argument(
+        "--sizes",
+        type=int,
+        nargs="+",
+        default=list(banks.SIZES),
+        help="references in the bank, ascending (default: powers of ten from 1000 to 1000000)",
+    )
     parser.add_argument("--folder", metavar="DIR", type=Path, help="keep the made-up bank here (default: temporary)")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no point later than this")
 

@@ -33,7 +33,7 @@ def bank(args, folder: Path, have: set, end: float) -> Iterator[dict[str, Any]]:
     memory = replace(preset.memory, tokens=KEPT)
     identity = made_up_identity(preset, memory)
     grown = folder / "bank"
-    for size in (s for s in SIZES if s <= args.most):
+    for size in sorted(args.sizes):
         if ("bank", "references", size) in have:
             continue
         if time.monotonic() > end:

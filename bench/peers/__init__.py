@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from .attention import sdpa_concatenated, sdpa_explicit_mask, two_partial_attentions
+from .attention import compiled_flex_attention, sdpa_concatenated, sdpa_explicit_mask, two_partial_attentions
 from .codec import faiss_bare_sa_decode, faiss_sa_decode
 from .peer import Peer
 from .rows import two_index_selects
@@ -17,7 +17,7 @@ from .select import matmul_softmax_topk
 PEERS: dict[str, tuple[Callable[..., Peer], ...]] = {
     "gather_dequantize": (faiss_sa_decode, faiss_bare_sa_decode),
     "gather_memory": (two_index_selects,),
-    "memory_attention": (sdpa_explicit_mask, two_partial_attentions),
+    "memory_attention": (sdpa_explicit_mask, two_partial_attentions, compiled_flex_attention),
     "memory_decode": (sdpa_concatenated,),
     "select_tokens": (matmul_softmax_topk,),
     "vq_dequantize": (faiss_sa_decode, faiss_bare_sa_decode),

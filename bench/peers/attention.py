@@ -6,6 +6,8 @@ beside the context, a mask) is prepared here, outside the timed call.
 
 from __future__ import annotations
 
+import os
+
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention as sdpa
@@ -130,3 +132,44 @@ def two_partial_attentions(
         return torch.lerp(memory.float(), context.float(), share).to(q.dtype)
 
     return Peer(call, lambda out: out[0].transpose(0, 1), (query, keys, values, by_chunk, mem_keys, mem_values))
+
+
+def compiled_flex_attention(
+    q, k, v, cu_q, cu_k, cu_chunk, mem_k, mem_v, mem_slot, mem_len, mem_bias=None, head_map=None, *,
+    scale, max_q, max_k, max_chunk,
+) -> Peer:  # fmt: skip
+    """memory_attention's third peer: torch's FlexAttention, compiled, on the keys of sdpa_explicit_mask; its block mask
+    leaves out whole blocks that no query of a block sees.
+
+    Raises:
+        ValueError: more than one sequence, or keys that are not the queries' own.
+        RuntimeError: not asked for (M3_BENCH_FLEX=1): compiling takes a minute per shape.
+    """
+    if os.environ.get("M3_BENCH_FLEX") != "1":
+        raise RuntimeError("compiled_flex_attention: compiling takes a minute per shape; set M3_BENCH_FLEX=1 to run it")
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    plain_records("compiled_flex_attention", mem_bias, head_map)
+    one_causal_sequence("compiled_flex_attention", cu_q, cu_k, k)
+    rows, bounds = q.shape[0], cu_chunk.tolist()
+    sides, owners = [], []
+    for context, records in ((k, mem_k), (v, mem_v)):
+        pieces = [record_rows(records, mem_slot, mem_len, c) for c in range(len(bounds) - 1)]
+        sides.append(torch.cat([*pieces, context.transpose(0, 1)], dim=1).unsqueeze(0))
+        owners = [c for c, piece in enumerate(pieces) for _ in range(piece.shape[1])]
+    first = len(owners)
+    owner = torch.tensor([*owners, *[-1] * rows])
+    chunk = torch.bucketize(torch.arange(rows), torch.tensor(bounds[1:]), right=True)
+
+    def visible(batch, head, at, key):
+        return torch.where(key < first, owner[key] == chunk[at], key - first <= at)
+
+    mask = create_block_mask(visible, None, None, rows, first + rows, device="cpu")
+    query = q.transpose(0, 1).unsqueeze(0).contiguous()
+    keys, values = sides
+    compiled = torch.compile(flex_attention)
+    return Peer(
+        lambda: compiled(query, keys, values, block_mask=mask, scale=scale, enable_gqa=True),
+        lambda out: out[0].transpose(0, 1),
+        (query, keys, values),
+    )
