@@ -11,8 +11,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import pages
-
 TILE, BLOCK = 16, 32
 # Bytes of a GGUF block in a row, of a packed block's values per row, float16 scales per row and block.
 FORMATS = {"bf16": (64, 64, 0), "q8_0": (34, 32, 1), "q4_1": (20, 16, 2)}
@@ -150,7 +148,7 @@ def _words(values: Tensor) -> Tensor:
 def _assemble(values: Tensor, scale: Tensor | None, rows: int, cols: int, format: str) -> PackedWeight:
     """Blocks [tiles, bytes] and scales [rows, blocks, 1 or 2] -> a packed weight."""
     tiles = values.shape[0]
-    data = pages.zeros((tiles, tile_bytes(cols, format)), torch.uint8)
+    data = torch.zeros((tiles, tile_bytes(cols, format)), dtype=torch.uint8)
     data[:, : values.shape[1]] = values
     if scale is not None and data.numel():
         packed = _padded(scale.to(torch.float16)).view(tiles, TILE, *scale.shape[1:]).permute(0, 2, 3, 1)

@@ -25,7 +25,8 @@ _region: tuple[Tensor, int] | None = None  # the one being cut, and how much of 
 def zeros(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """A contiguous CPU tensor of zeros that begins a cache line; on huge pages where the system has any to give.
 
-    Physical memory is taken when it is first written to. A region lives as long as any tensor in it.
+    Physical memory is taken when it is first written to. Small tensors share a region, which lives as long as any of
+    them: what is to be copied or pickled by itself does not belong here, its copy would be one of the region.
     """
     size = math.prod(shape) * dtype.itemsize
     with torch.inference_mode(False):  # an inference tensor could not be filled by a thread outside of that mode

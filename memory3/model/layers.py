@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from memory3_kernels import PackedWeight, native_reason, pack_weight, packed_linear
+from memory3_kernels import PackedWeight, native_reason, pack_weight, packed_linear, pages
 from memory3_kernels.packed import BLOCK
 
 from ..config import ModelConfig
@@ -62,13 +62,19 @@ class Linear(nn.Module):
 
     def inference_weight(self) -> PackedWeight:
         """The packed weight: the low-bit one, or a copy of the dense one in bf16."""
-        return self.packed if self.packed is not None else self._copy(lambda: pack_weight(self.weight))
+        return self.packed if self.packed is not None else self._copy(lambda: resident(pack_weight(self.weight)))
 
     def _copy(self, make: Callable[[], Tensor | PackedWeight]):
         version = (self.weight.data_ptr(), 0 if self.weight.is_inference() else self.weight._version)
         if self._packed_from != version:
             self._packed, self._packed_from = make(), version
         return self._packed
+
+
+def resident(weight: PackedWeight) -> PackedWeight:
+    """The same packed weight on huge pages, for weights that are read at every token."""
+    data = pages.zeros(weight.data.shape, weight.data.dtype)
+    return weight._replace(data=data.copy_(weight.data))
 
 
 def _can_pack() -> bool:

@@ -23,7 +23,7 @@ from .adapted import Adapted, adapter_folder
 from .cache import ContextFull, KVCache, Prefix
 from .gguf import GGUFCheckpoint
 from .hf import HFCheckpoint
-from .layers import Linear
+from .layers import Linear, resident
 from .llama import Llama
 from .tokenizer import Messages, Tokenizer
 
@@ -144,7 +144,7 @@ def fill(
             return put(module, get(*names), shown)
         packed = pack(names)
         check(shown, (packed.rows, packed.cols), want)
-        module.packed, module.weight = packed, None
+        module.packed, module.weight = resident(packed), None
 
     def pack(names: Sequence[str]) -> PackedWeight:
         """Blocks as they are where all of them have one format; quantised, or bf16, otherwise."""
