@@ -83,8 +83,8 @@ def prefill_tile(packed_rows: int, dim: int, element_size: int) -> PrefillTile:
     Per thread a tile keeps M x DP / threads accumulators, the fragments of its queries (half as many registers) and two
     tiles of scores, M x N / threads each, in 255 registers; 64 + 32 + 2 x 16 of the 128 x 128 x 32 tile and the
     addresses of copies under way are what fits without spilling on sm_80 (tests/gpu/test_triton_compile.py). Float32
-    takes three products in tf32, whose operands are twice as wide and there twice. Half the rows where chunks would
-    leave more than a fifth of a tile idle: 64 queries x 3 heads are 3 x 64 rows, not 2 x 128.
+    takes three products in tf32, whose operands are twice as wide and there twice. Half the rows where whole tiles
+    would be more than a fifth above what there is: 64 queries x 3 heads are 3 x 64 rows, not 2 x 128.
     """
     width = max(64, power_of_two(dim))
     most, tokens = PREFILL_TILES[width][element_size == 4]
