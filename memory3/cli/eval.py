@@ -57,6 +57,7 @@ def run(
     threads: ThreadsOption = 0,
 ) -> None:
     """Ask questions with no memory, with memories, and with text, and compare."""
+    from ..data import DataMissing
     from ..embed import Embedder
     from ..eval.arms import ablations, main_arms
     from ..eval.general import general_losses
@@ -76,10 +77,13 @@ def run(
     net = readers["original"].net
     settings = about(model, readers, adapted=adapter, closed_book=closed_book, reader_of_text=text_reader)
     plan = Plan(counts, 0 if ablate else spoken, seed)
-    evaluation = Evaluation(
-        readers, tokenizer, Embedder(), plan, folder, codecs=books(model, adapter), about=settings,
-        notify=lambda what: err.print(f"[dim]{what}[/dim]"),
-    )  # fmt: skip
+    try:
+        evaluation = Evaluation(
+            readers, tokenizer, Embedder(), plan, folder, codecs=books(model, adapter), about=settings,
+            notify=lambda what: err.print(f"[dim]{what}[/dim]"),
+        )  # fmt: skip
+    except DataMissing as error:  # which names the command that installs it
+        raise FileNotFoundError(f"{error}; or leave the sets out that need it (--set)") from None
     if ablate:
         who = "adapted" if "adapted" in readers else "original"
         groups = ablations(net.config.n_layers, net.memory.tokens, who)
