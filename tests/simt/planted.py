@@ -13,6 +13,7 @@ A patch begins with its headers:
 from __future__ import annotations
 
 import argparse
+import fcntl
 import os
 import re
 import shutil
@@ -57,11 +58,15 @@ def bugs() -> list[Bug]:
 
 
 class Sources:
-    """A copy of csrc that patches go into and out of; objects are kept, so that each costs what it touches."""
+    """A copy of csrc that patches go into and out of; objects are kept, so that each costs what it touches. One at a
+    time: another process waits for the folder."""
 
     def __init__(self, folder: Path = OUT):
         self.csrc = folder / "csrc"
         self.folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+        self._lock = open(folder / "lock", "w")
+        fcntl.flock(self._lock, fcntl.LOCK_EX)
         for path in build.CSRC.rglob("*"):
             if path.is_file():
                 self._write(path.relative_to(build.CSRC), path.read_bytes())
