@@ -1,0 +1,71 @@
+"""memory3 eval from end to end with a tiny model: the document, the picture, the second call."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from engine.common import HashEmbedder
+from typer.testing import CliRunner
+
+from memory3 import embed
+from memory3.cli.app import app
+from memory3.eval import load, run, sources
+from memory3.eval.run import Reader
+
+from .test_run import MODEL, made_questions, made_references
+
+
+@pytest.fixture(autouse=True)
+def made(monkeypatch):
+    reader = Reader(MODEL.net, MODEL.net)
+    monkeypatch.setattr(
+        load, "load_readers", lambda *a, **k: ({"original": reader, "adapted": reader}, MODEL.tokenizer)
+    )
+    monkeypatch.setattr(load, "books", lambda *a: [])
+    monkeypatch.setattr(load, "about", lambda *a, **k: {"readers": {}})
+    monkeypatch.setattr(embed, "Embedder", HashEmbedder)
+    monkeypatch.setattr(run, "references", made_references)
+    monkeypatch.setattr(run, "questions", made_questions)
+
+
+def call(tmp_path, *extra) -> dict:
+    options = ["--out", str(tmp_path / "out"), "--json", str(tmp_path / "r.json"), "--questions", "6", "--others", "4"]
+    found = CliRunner().invoke(app, ["eval", *options, *extra], catch_exceptions=False)
+    assert found.exit_code == 0, found.output
+    return json.loads((tmp_path / "r.json").read_text())
+
+
+ARMS = ["--arm", "no memory", "--arm", "RAG 5", "--arm", "random", "--arm", "removed"]
+
+
+def test_a_report(tmp_path):
+    report = call(tmp_path, "--set", "squad", "--set", "vera", *ARMS)
+    rows = report["tables"][""]["rows"]
+    assert {(r["set"], r["n"]) for r in rows} == {("squad", 6), ("vera", 4)}
+    assert {r["arm"].partition(": ")[2] for r in rows} == {"no memory", "RAG 5", "random memories", "gold removed"}
+    lines = (tmp_path / "out" / "results.jsonl").read_text().count("\n")
+    assert lines == 8 * 10 and (tmp_path / "r.png").stat().st_size > 1000
+    again = call(tmp_path, "--set", "squad", "--set", "vera", *ARMS)
+    assert (tmp_path / "out" / "results.jsonl").read_text().count("\n") == lines
+    assert again["tables"] == report["tables"]
+    pair = report["tables"][""]["adapted, random memories against none"]["rows"]
+    assert [r["n"] for r in pair] == [6, 4]
+
+
+def test_general_text(tmp_path):
+    (tmp_path / "book.txt").write_text("river stone winter market " * 200)
+    report = call(
+        tmp_path, "--set", "squad", "--arm", "nothing", "--text", str(tmp_path / "book.txt"), "--windows", "2"
+    )
+    assert [r["n"] for r in report["general text"]["rows"]] == [2, 2]
+    assert report["general text"]["against the original"]["adapted"][0]["value"] == 0
+
+
+def test_a_missing_package_is_named(tmp_path, monkeypatch):
+    def missing(*args):
+        raise sources.DataMissing("needs a thing; run: install it")
+
+    monkeypatch.setattr(run, "references", missing)
+    with pytest.raises(FileNotFoundError, match="install it"):
+        call(tmp_path, "--set", "squad", *ARMS)
