@@ -1,4 +1,5 @@
-"""The ops whose CUDA kernels run on the SIMT host: `torch.ops.memory3_simt.<op>`, on CPU tensors."""
+"""The ops whose CUDA kernels run on the SIMT host: `torch.ops.memory3_simt.<op>`, on CPU tensors; and
+`memory3_simt_or_else`, which hands on what the kernels do not take, as the ops on CUDA do."""
 
 from __future__ import annotations
 
@@ -13,7 +14,7 @@ from memory3_kernels._registry import OPS
 from . import build
 
 ORDERS = ("forward", "reverse", "random", "warp-first", "warp-last")
-_library = torch.library.Library("memory3_simt", "DEF")
+_libraries = [torch.library.Library(name, "DEF") for name in ("memory3_simt", "memory3_simt_or_else")]
 _host: ctypes.CDLL | None = None
 
 
@@ -22,7 +23,8 @@ def load(library: Path) -> None:
     global _host
     if _host is None:
         for op in OPS.values():
-            _library.define(op.name + op.schema)
+            for namespace in _libraries:
+                namespace.define(op.name + op.schema)
         torch.ops.load_library(str(library))
         _host = ctypes.CDLL(str(library))
         _host.simt_known_memory.restype = ctypes.c_size_t

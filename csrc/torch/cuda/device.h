@@ -114,10 +114,11 @@ void call_on_device(const char* op, Refused refused, Result (*function)(Args...)
 #if !defined(M3_SIMT)
     const torch::stable::accelerator::DeviceGuard guard(device_index(*device.first));
 #endif
+    // Nothing is moved into the call: it may have to be handed on.
     if constexpr (std::is_void_v<Result>)
-      function(static_cast<Args&&>(std::get<I>(args))...);
+      function(std::get<I>(args)...);
     else
-      put_results(stack, function(static_cast<Args&&>(std::get<I>(args))...));
+      put_results(stack, function(std::get<I>(args)...));
   } catch (const Unsupported& why) {
     STD_TORCH_CHECK(refused == Refused::kHandOn, op, ": ", why.reason);
     hand_on(op, why, stack, args);
@@ -144,8 +145,10 @@ void call_on_device(const char* op, Refused refused, Result (*function)(Args...)
 // is what a caller gets who asked for CUDA and nothing else.
 #if defined(M3_SIMT)
 #define M3_REGISTER_CUDA(op, function)                                                                     \
+  M3_BOXED_ON_DEVICE(op, function, or_hand_on, Refused::kHandOn)                                           \
   M3_BOXED_ON_DEVICE(op, function, or_raise, Refused::kRaise)                                              \
-  STABLE_TORCH_LIBRARY_IMPL(memory3_simt, CPU, m) { m.impl(#op, &::m3::binding::op##_or_raise); }
+  STABLE_TORCH_LIBRARY_IMPL(memory3_simt, CPU, m) { m.impl(#op, &::m3::binding::op##_or_raise); }          \
+  STABLE_TORCH_LIBRARY_IMPL(memory3_simt_or_else, CPU, m) { m.impl(#op, &::m3::binding::op##_or_hand_on); }
 #else
 #define M3_REGISTER_CUDA(op, function)                                                                     \
   M3_BOXED_ON_DEVICE(op, function, or_hand_on, Refused::kHandOn)                                           \
