@@ -22,11 +22,9 @@ import torch
 from torch import Tensor
 
 from ..triton._launch import Launch
+from .cuda_limits import REGISTER_FILE, SHARED_LIMIT
 
-ARCHS = (80, 86, 89, 90, 100, 120)
-# Bytes of shared memory one block may use (CUDA C++ Programming Guide, compute capabilities).
-SHARED_LIMIT = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
-REGISTER_FILE = 65536
+ARCHS = tuple(SHARED_LIMIT)
 TYPES = {
     torch.float32: "fp32",
     torch.bfloat16: "bf16",
@@ -49,7 +47,7 @@ class Figures:
     stack: int
     shared: int
     threads: int
-    opcodes: dict[str, int] = field(default_factory=dict)  # SASS, by the name up to the first dot
+    opcodes: dict[str, int] = field(default_factory=dict)  # SASS, by the whole name
 
     def faults(self) -> list[str]:
         """Reasons why this kernel would not run, or not well, on its architecture."""
@@ -61,6 +59,10 @@ class Figures:
         if self.registers * self.threads > REGISTER_FILE:
             found.append(f"{self.registers} registers x {self.threads} threads are more than {REGISTER_FILE}")
         return found
+
+    def count(self, pattern: str) -> int:
+        """Instructions whose name begins with something the expression matches."""
+        return sum(n for name, n in self.opcodes.items() if re.match(pattern, name))
 
 
 def _is_aligned(tensor: Tensor) -> bool:
@@ -105,7 +107,8 @@ def compile_launch(launch: Launch, arch: int):
            tuple(constants.items()), tuple(attributes))  # fmt: skip
     if key not in _compiled:
         source = ASTSource(launch.kernel, signature, constants, attributes)
-        options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
+        # Fused multiply-adds are what Triton does unless told otherwise, until 3.10.
+        options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages, "enable_fp_fusion": True}
         _compiled[key] = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     return _compiled[key]
 
@@ -134,8 +137,7 @@ def figures(launch: Launch, arch: int) -> Figures:
     number = {name: int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)}
     opcodes: dict[str, int] = {}
     for opcode in re.findall(r"/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", sass):
-        for name in {opcode.split(".")[0], opcode}:
-            opcodes[name] = opcodes.get(name, 0) + 1
+        opcodes[opcode] = opcodes.get(opcode, 0) + 1
     return Figures(
         kernel=launch.kernel.__name__,
         arch=arch,

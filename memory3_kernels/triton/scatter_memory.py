@@ -49,10 +49,24 @@ def merged_dims(shape, a_stride, r_stride) -> list[tuple[int, int, int]]:
     return dims
 
 
-def as_bits(tensor: Tensor) -> Tensor:
-    if tensor.is_complex():
-        tensor = torch.view_as_real(tensor)
-    return tensor.view(BITS[tensor.element_size()])
+def fits(tensor: Tensor, step: int, size: int) -> bool:
+    """Whether `step` neighbouring elements of a record always make one of `size` bytes."""
+    *outer, last = tensor.stride()
+    return (
+        tensor.dim() > 1  # the first dimension counts records
+        and last == 1
+        and tensor.shape[-1] % step == 0
+        and tensor.data_ptr() % size == 0
+        and all(stride % step == 0 for stride in outer)
+    )
+
+
+def as_bits(*tensors: Tensor) -> list[Tensor]:
+    """The tensors as integers, of 8 bytes where all of them allow it."""
+    tensors = tuple(torch.view_as_real(t) if t.is_complex() else t for t in tensors)
+    own = tensors[0].element_size()
+    size = next(n for n in (8, 4, 2, 1) if n == own or (n > own and all(fits(t, n // own, n) for t in tensors)))
+    return [t.view(BITS[size]) for t in tensors]
 
 
 def launches(arena: Tensor, records: Tensor, slots: Tensor) -> list[Launch]:
@@ -78,4 +92,4 @@ def call(arena: Tensor, records: Tensor, slots: Tensor) -> None:
     if _launch.checks_values():
         check_range("slots", slots, -1, arena.shape[0] - 1)
     if arena.numel() and records.numel():
-        _launch.run(launches(as_bits(arena), as_bits(records), slots))
+        _launch.run(launches(*as_bits(arena, records), slots))

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from memory3_kernels import triton, use_backend
 from memory3_kernels._registry import OPS
+from memory3_kernels.ops import _attention_cases as samples
 
 FULL = os.environ.get("M3_PROOF") == "full"
 ARCHS = (80, 90)
@@ -92,3 +93,15 @@ def test_matches_reference(op, case, dtype, arch):
     for i, (a, b) in enumerate(zip(args, before, strict=True)):
         if isinstance(a, Tensor) and i not in op.mutates:
             assert torch.equal(a.nan_to_num(), b.nan_to_num()), f"{op.name} wrote to argument {i}"
+
+
+@pytest.mark.parametrize("batch, heads, dim, context", [(2, (40, 8), 80, 256), (1, (20, 4), 80, 1024)])
+def test_decode_traffic(batch, heads, dim, context):
+    """At most 1.15 times what has to be moved: every byte once per launch, results of splits included."""
+    lines = ((1, context),) * batch
+    spec = samples.Spec(heads=heads, dim=dim, sequences=lines, refs=5, tokens=8, slots=5 * batch, spare=0)
+    args, kwargs = samples.decode_sample(spec)(torch.bfloat16, torch.Generator().manual_seed(0))
+    _, runner = run(OPS["memory_decode"], args, kwargs, 80)
+    moved = sum(r["unique"]["read_bytes"] + r["unique"]["written_bytes"] for _, r in runner.results)
+    assert moved <= 1.15 * OPS["memory_decode"].cost(*args, **kwargs).bytes
+    assert all(r["async_copy"]["efficiency"] >= 0.9 for _, r in runner.results if r["async_copy"]["bytes"])
