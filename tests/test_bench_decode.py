@@ -1,6 +1,7 @@
 """bench decode: rivals compute what they claim, runs resume, summaries and predictions follow from the numbers."""
 
 import json
+import subprocess
 from dataclasses import asdict, replace
 
 import pytest
@@ -353,6 +354,23 @@ def test_whole_command(tiny, capsys):
     again = [*line, "--json", str(folder / "other.json"), "--protocol", "worst", "--arms", "none", "--others", "-1"]
     assert command.main(again) == 0 and "round 1 does not count" in capsys.readouterr().out
     assert not (folder / "other.json").exists(), "a round that was disturbed is not kept"
+
+
+def test_peak_memory_asks_a_process_per_arm(tiny, monkeypatch):
+    """And opens no bank itself: the processes write in them."""
+    folder, line = tiny
+    asked = []
+
+    def run(command_line, **_):
+        asked.append(command_line[command_line.index("--one-arm") + 1])
+        return subprocess.CompletedProcess(command_line, 0, stdout='noise\n{"peak_rss_bytes": 123}\n')
+
+    monkeypatch.setattr(decode.subprocess, "run", run)
+    monkeypatch.setattr(banks, "opened", lambda *_: pytest.fail("opened"))
+    out = folder / "decode.json"
+    assert command.main([*line, "--json", str(out), "--peak-memory", "--protocol", "worst"]) == 0
+    assert asked == list(arms.PROTOCOLS["worst"])
+    assert list(json.loads(out.read_text())["peak"].values()) == [dict.fromkeys(asked, 123)]
 
 
 def test_peak_memory_is_that_of_a_process(tiny, capsys):

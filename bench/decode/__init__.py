@@ -72,12 +72,14 @@ def main(args: argparse.Namespace) -> int:
         ground = stack.enter_context(Ground(args))
         if args.one_arm:
             return _print_peak(ground, settings[0], args.one_arm)
-        record = Record(args.json, ground.settings(), environment.describe())
+        # Each process of --peak-memory opens the banks for itself: this one must not hold their locks.
+        about = {} if args.peak_memory else ground.settings()
+        record = Record(args.json, about, environment.describe())
         for setting in settings:
             if args.prepare:
                 prepare(ground, setting, args)
             elif args.peak_memory:
-                _peaks(record, ground, setting, args)
+                _peaks(record, setting, args)
             elif not measure(ground, setting, record, args, end):
                 break
         rows = summary.rows(record)
@@ -156,7 +158,7 @@ class Ground:
     def peer(self, setting: Setting) -> LlamaCpp | None:
         """llama.cpp with room for the longest prompt of any setting, where the setting has it."""
         args = self.args
-        if not args.llama_python or not arms.llama_runs(setting, True):
+        if not args.llama_python or not arms.llama_runs(setting):
             return None
         if self._peer is None:
             from memory3.model.load import preset_path
@@ -209,8 +211,9 @@ def measure(ground: Ground, setting: Setting, record: Record, args: argparse.Nam
                 name: step(arms.timed(found[name], prompts, setting.tokens)) for name in names[shift:] + names[:shift]
             }
             longest = max(longest, time.monotonic() - begin)
-            if (others := max(run["others"] for run in seen.values())) > args.others:
-                print(f"round {number} does not count: other processes took {others:.0%} of the processors")
+            others, during = max((run["others"], name) for name, run in seen.items())
+            if others > args.others:
+                print(f"round {number} does not count: others took {others:.0%} of the processors during {during}")
                 continue
             record.add(setting, number, {name: seen[name] for name in names})
             record.settings |= ground.settings()
@@ -248,8 +251,8 @@ def _describe(ground: Ground, setting: Setting, record: Record) -> None:
     }
 
 
-def _peaks(record: Record, ground: Ground, setting: Setting, args: argparse.Namespace) -> None:
-    for name in ground.arms(setting, args.arms):
+def _peaks(record: Record, setting: Setting, args: argparse.Namespace) -> None:
+    for name in arms.served(setting, args.arms, bool(args.llama_python)):
         if name in record.peak.get(setting.key, {}):
             continue
         line = [sys.executable, "-m", "bench", "decode", "--one-arm", name, "--weights", setting.weights,

@@ -80,16 +80,21 @@ class Banks:
 
 
 def build(setting: Setting, model, banks: Banks, embedder, names: Sequence[str], peer=None) -> dict[str, Arm]:
-    """The named arms that this setting has. peer: a LlamaCpp, for its arms (batch 1, checkpoint weights)."""
-    found = {}
-    for name in PROTOCOLS[setting.protocol]:
-        if name in names and (not name.startswith("llama.cpp") or llama_runs(setting, peer)):
-            found[name] = _arm(name, setting, model, banks, embedder, peer)
-    return found
+    """The named arms that this setting has. peer: a LlamaCpp, for its arms."""
+    return {
+        name: _arm(name, setting, model, banks, embedder, peer) for name in served(setting, names, peer is not None)
+    }
 
 
-def llama_runs(setting: Setting, peer) -> bool:
-    return peer is not None and setting.batch == 1 and setting.weights == "checkpoint"
+def served(setting: Setting, names: Sequence[str], llama: bool) -> list[str]:
+    """Those of the named arms that this setting has; llama: whether there is a llama.cpp."""
+    llama = llama and llama_runs(setting)
+    return [n for n in PROTOCOLS[setting.protocol] if n in names and (llama or not n.startswith("llama.cpp"))]
+
+
+def llama_runs(setting: Setting) -> bool:
+    """One sequence, and the weights of the file."""
+    return setting.batch == 1 and setting.weights == "checkpoint"
 
 
 def _arm(name: str, setting: Setting, model, banks: Banks, embedder, peer) -> Arm:
