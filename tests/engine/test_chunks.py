@@ -103,7 +103,10 @@ def test_a_small_arena_takes_several_passes(engine, spy, model, slots):
     assert [kind for kind, _ in one].count("prefill") == 1 and kinds.count("prefill") == -(-6 // (slots // 3))
     torch.testing.assert_close(more[kinds.count("prefill") - 1][1], one[0][1], rtol=1e-4, atol=1e-3)
     assert run.token_ids == whole.token_ids
-    assert [r.to_dict() for r in run.reads] == [r.to_dict() for r in whole.reads]
+    for read, same in zip(run.reads, whole.reads, strict=True):
+        # Queries searched together are one matrix product, which rounds scores otherwise than one query does.
+        assert read.scores == pytest.approx(same.scores, rel=1e-6)
+        assert {**read.to_dict(), "scores": None} == {**same.to_dict(), "scores": None}
 
 
 def test_several_passes_of_a_ragged_batch(engine):
