@@ -167,7 +167,9 @@ inline int row_lines(int dim) {
 }
 
 struct Nothing {
+  static constexpr bool kFetches = false;
   void operator()(int) const {}
+  const char* take(int, const void*) const { return nullptr; }
 };
 
 // tile.p[lo..lo + m, at..] = q . k for few query vectors and `count` keys where they lie; at a multiple of kLanes.

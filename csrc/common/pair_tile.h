@@ -143,20 +143,29 @@ inline void pack_row_pairs(const BF16* const* rows, int count, int dim, uint32_t
 }
 
 // ---- few rows of A, B read once as it lies --------------------------------------------------------------------
-// step(n): called for every n cache lines of B, for what should happen meanwhile.
+// step(n): called for every n cache lines of B, for what should happen meanwhile. step.take(n, other): the same, but it
+// may leave the fetching of n consecutive lines to the caller, or of `other`, which is at hand.
 
-// c[i, j] = factor a_i . row j, with row(j) the rows of B. C is written up to the next multiple of kLanes.
+// c[i, j] = factor a_i . row j, with row(j) the rows of B. C is written up to the next multiple of kLanes. Flattened,
+// since a call left in the loop sends the sums through memory.
 template <int M, class Row, class Step>
-inline void pair_dot_rows(const uint32_t* a, int64_t lda, const Row& row, int count, int dim, float factor, float* c,
-                          int64_t ldc, Step& step) {
+__attribute__((flatten)) inline void pair_dot_rows(const uint32_t* a, int64_t lda, const Row& row, int count, int dim,
+                                                   float factor, float* c, int64_t ldc, Step& step) {
   constexpr int kKeys = kLanes / (M > 2 ? 4 : M);  // M x kKeys sums fill one vector
   for (int j = 0; j < count; j += kKeys) {
     const BF16* b[kKeys];
 #pragma GCC unroll 16
     for (int n = 0; n < kKeys; ++n) b[n] = row(j + n < count ? j + n : count - 1);
     F32 acc[kLanes] = {};
+    const char* const ahead = step.take(kKeys * ((dim + kPairRow - 1) / kPairRow), a);
+    const auto fetch = [&](int d) {
+      if constexpr (Step::kFetches)
+#pragma GCC unroll 16
+        for (int n = 0; n < kKeys; ++n) __builtin_prefetch(ahead + (kKeys * d / kPairRow + n) * 64);
+    };
     int d = 0;
     for (; d + kPairRow <= dim; d += kPairRow) {
+      fetch(d);
       U32 x[M];
 #pragma GCC unroll 4
       for (int i = 0; i < M; ++i) x[i] = load_pairs(a + i * lda + d / 2);
@@ -168,6 +177,7 @@ inline void pair_dot_rows(const uint32_t* a, int64_t lda, const Row& row, int co
       }
     }
     if (d < dim) {
+      fetch(d);
 #pragma GCC unroll 16
       for (int n = 0; n < kKeys; ++n) {
         const U32 y = load_pairs_part(b[n] + d, dim - d);
@@ -176,7 +186,6 @@ inline void pair_dot_rows(const uint32_t* a, int64_t lda, const Row& row, int co
           acc[i * kKeys + n] = dot_pairs(acc[i * kKeys + n], load_pairs(a + i * lda + d / 2), y);
       }
     }
-    step(kKeys * ((dim + kPairRow - 1) / kPairRow));
     float sums[kLanes];
     store(sums, sum_each(acc) * factor);
 #pragma GCC unroll 4

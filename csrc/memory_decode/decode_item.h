@@ -28,8 +28,12 @@ struct CacheSide {
   }
 };
 
+// A third of a first-level cache of 48 KB: room for what is worked on, for what comes next and for the queries.
+constexpr int kStageBytes = 16384;
+
 // Memory on its way to the first-level cache while something else is worked on: rows of `span` bytes.
 struct Ahead {
+  static constexpr bool kFetches = true;
   const char* row = nullptr;
   int64_t pitch = 0;
   int span = 0, at = 0, left = 0;
@@ -44,24 +48,60 @@ struct Ahead {
 
   // The next n lines.
   void operator()(int n) {
-    while (n > 0 && left > 0) {
-      if (n >= 4 && at + 256 <= span) {
-        for (int i = 0; i < 4; ++i) __builtin_prefetch(row + at + 64 * i);
-        at += 256, n -= 4;
-      } else {
-        __builtin_prefetch(row + at);
-        at += 64, --n;
-      }
-      if (at >= span) at = 0, row += pitch, --left;
+    if (left == 0) return;
+    open_page(64 * n);
+    if (at + 64 * n <= span) {
+#pragma GCC unroll 16
+      for (int i = 0; i < n; ++i) __builtin_prefetch(row + at + 64 * i);
+      advance(n);
+    } else {
+      by_line(n);
     }
+  }
+
+  // The same, but where they are consecutive, the caller is left to fetch them; else it gets `other`.
+  const char* take(int n, const void* other) {
+    if (left == 0 || at + 64 * n > span) {
+      by_line(n);
+      return static_cast<const char*>(other);
+    }
+    open_page(64 * n);
+    const char* const first = row + at;
+    advance(n);
+    return first;
+  }
+
+ private:
+  // Apart from the loops of products, whose registers it would take.
+  __attribute__((noinline)) void by_line(int n) {
+    for (; n > 0 && left > 0; --n) {
+      __builtin_prefetch(row + at);
+      at += 64;
+      if (at >= span) next_row();
+    }
+  }
+
+  void advance(int n) {
+    at += 64 * n;
+    if (at == span) next_row();
+  }
+
+  void next_row() { at = 0, row += pitch, --left; }
+
+  // A line of a page further on, once per page: its address is translated by the time when lines are fetched from it.
+  // Prefetches of many lines of an untranslated page wait for the walk through the page tables and hold up others.
+  void open_page(int bytes) const {
+    constexpr int kPage = 4096;
+    if (static_cast<int>(reinterpret_cast<uintptr_t>(row + at) % kPage) < bytes)
+      __builtin_prefetch(row + at + kStageBytes, 0, 2);
   }
 };
 
-// Rows of cache that are worked on at a time: a third of a first-level cache of 48 KB, which has room for them, for the
-// next ones and for the queries. A power of two no larger than the smallest page, or more: no stage crosses a page.
+// Rows of cache that are worked on at a time. A power of two no larger than the smallest page, or more: no stage
+// crosses a page.
 inline int stage_rows(int64_t bytes_per_row) {
   int rows = kBlock;
-  while (rows > 8 && rows * bytes_per_row > 16384) rows /= 2;
+  while (rows > 8 && rows * bytes_per_row > kStageBytes) rows /= 2;
   return rows;
 }
 
