@@ -1,7 +1,7 @@
 #include <cstring>
 #include <vector>
 
-#include "torch/memory_attention_args.h"
+#include "torch/memory_attention_backward_args.h"
 
 namespace m3::binding {
 namespace {
@@ -25,25 +25,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> memory_attention_back
   M3MemoryAttentionBackwardParams p{};
   p.forward = attention_args(args, q, k, v, cu_q, cu_k, cu_chunk, mem_k, mem_v, mem_slot, mem_len, mem_bias, head_map,
                              scale, max_q, max_k, max_chunk);
-  const int64_t rows = p.forward.rows, heads = p.forward.heads, dim = p.forward.dim;
-  expect_shape(grad_out, "grad_out", {rows, heads, dim});
-  expect_type(grad_out, "grad_out", q.scalar_type());
-  expect_shape(out, "out", {rows, heads, dim});
-  expect_type(out, "out", q.scalar_type());
-  expect_shape(grad_lse, "grad_lse", {rows, heads});
-  expect_type(grad_lse, "grad_lse", ScalarType::Float);
-  expect_shape(lse, "lse", {rows, heads});
-  expect_type(lse, "lse", ScalarType::Float);
-  const Tensor g = as_contiguous(grad_out), u = as_contiguous(grad_lse);
-  const Tensor o = as_contiguous(out), l = as_contiguous(lse);
-  p.grad_out = g.const_data_ptr();
-  p.grad_lse = u.const_data_ptr<float>();
-  // The core only reads these two here; the struct is the forward's, where they are outputs.
-  p.forward.out = const_cast<void*>(o.const_data_ptr());
-  p.forward.lse = const_cast<float*>(l.const_data_ptr<float>());
+  GradientArgs gradients;
+  gradient_args(gradients, p, grad_out, grad_lse, out, lse, q);
 
   const MaybeTensor absent;
-  Tensor grad_q = empty_cpu({rows, heads, dim}, q.scalar_type());
+  Tensor grad_q = empty_cpu({p.forward.rows, p.forward.heads, p.forward.dim}, q.scalar_type());
   Tensor grad_k = zeros_like(q, k), grad_v = zeros_like(q, v);
   Tensor grad_mem_k = zeros_like(q, memory_grad ? MaybeTensor(mem_k) : absent);
   Tensor grad_mem_v = zeros_like(q, memory_grad ? MaybeTensor(mem_v) : absent);

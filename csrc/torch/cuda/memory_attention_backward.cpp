@@ -3,6 +3,7 @@
 #include <vector>
 
 #include "torch/cuda/attention_values.h"
+#include "torch/memory_attention_backward_args.h"
 
 namespace m3::binding {
 namespace {
@@ -31,27 +32,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> memory_attention_back
   M3MemoryAttentionBackwardParams p{};
   p.forward = attention_args(args, q, k, v, cu_q, cu_k, cu_chunk, mem_k, mem_v, mem_slot, mem_len, mem_bias, head_map,
                              scale, max_q, max_k, max_chunk);
-  const int64_t rows = p.forward.rows, heads = p.forward.heads, dim = p.forward.dim;
-  expect_shape(grad_out, "grad_out", {rows, heads, dim});
-  expect_type(grad_out, "grad_out", q.scalar_type());
-  expect_shape(out, "out", {rows, heads, dim});
-  expect_type(out, "out", q.scalar_type());
-  expect_shape(grad_lse, "grad_lse", {rows, heads});
-  expect_type(grad_lse, "grad_lse", ScalarType::Float);
-  expect_shape(lse, "lse", {rows, heads});
-  expect_type(lse, "lse", ScalarType::Float);
+  GradientArgs gradients;
+  gradient_args(gradients, p, grad_out, grad_lse, out, lse, q);
   check_attention_values(args, p.forward);
-  const Tensor g = as_contiguous(grad_out), u = as_contiguous(grad_lse);
-  const Tensor o = as_contiguous(out), l = as_contiguous(lse);
-  p.grad_out = g.const_data_ptr();
-  p.grad_lse = u.const_data_ptr<float>();
-  // Only read here; the struct is the forward's, where they are outputs.
-  p.forward.out = const_cast<void*>(o.const_data_ptr());
-  p.forward.lse = const_cast<float*>(l.const_data_ptr<float>());
 
   const MaybeTensor absent;
   const bool bias_grad = memory_grad && mem_bias.has_value();
-  Tensor grad_q = empty_beside(q, {rows, heads, dim}, q.scalar_type());
+  Tensor grad_q = empty_beside(q, {p.forward.rows, p.forward.heads, p.forward.dim}, q.scalar_type());
   Tensor grad_k = zeros_beside(q, k, q.scalar_type()), grad_v = zeros_beside(q, v, q.scalar_type());
   Tensor grad_mem_k = zeros_beside(q, memory_grad ? MaybeTensor(mem_k) : absent, q.scalar_type());
   Tensor grad_mem_v = zeros_beside(q, memory_grad ? MaybeTensor(mem_v) : absent, q.scalar_type());
