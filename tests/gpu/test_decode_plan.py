@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import ctypes
 import itertools
-import subprocess
 
 import pytest
 from simt import build
@@ -22,11 +21,7 @@ TILE, ROWS = 16, 16
 
 @pytest.fixture(scope="module")
 def plan(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("plan")
-    (folder / "plan.cpp").write_text(SOURCE)
-    command = ["g++", "-std=c++17", "-shared", "-fPIC", f"-I{build.CSRC}", str(folder / "plan.cpp")]
-    subprocess.run([*command, "-o", str(folder / "plan.so")], check=True)
-    function = ctypes.CDLL(str(folder / "plan.so")).plan
+    function = build.host_function(SOURCE, "plan", tmp_path_factory.mktemp("plan"))
 
     def call(sequences, kv_heads, group, max_q, max_kv, memory_tokens, apart=False):
         numbers = (ctypes.c_int64 * 7)(sequences, kv_heads, group, max_q, max_kv, memory_tokens, apart)

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import ctypes
 import itertools
-import subprocess
 
 import pytest
 from simt import build
@@ -21,11 +20,7 @@ extern "C" void shape(const int64_t* in, int64_t* out) {
 
 @pytest.fixture(scope="module")
 def shape(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("shape")
-    (folder / "shape.cpp").write_text(SOURCE)
-    command = ["g++", "-std=c++17", "-shared", "-fPIC", f"-I{build.CSRC}", str(folder / "shape.cpp")]
-    subprocess.run([*command, "-o", str(folder / "shape.so")], check=True)
-    function = ctypes.CDLL(str(folder / "shape.so")).shape
+    function = build.host_function(SOURCE, "shape", tmp_path_factory.mktemp("shape"))
 
     def call(vectors, fine_bytes, entries, rotated):
         found = (ctypes.c_int64 * 2)()

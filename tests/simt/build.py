@@ -9,6 +9,7 @@ sanitizer's library preloaded: `environment`). `csrc` may name a changed copy of
 from __future__ import annotations
 
 import argparse
+import ctypes
 import os
 import shutil
 import subprocess
@@ -84,6 +85,14 @@ def build(
     (out / "build.ninja").write_text("\n".join(lines) + "\n")
     _ninja(out)
     return library
+
+
+def host_function(source: str, name: str, folder: Path):
+    """A C function of a few lines of C++ that may include headers of csrc, compiled into `folder`."""
+    (folder / f"{name}.cpp").write_text(source)
+    command = ["g++", "-std=c++17", "-shared", "-fPIC", f"-I{CSRC}", str(folder / f"{name}.cpp")]
+    subprocess.run([*command, "-o", str(folder / f"{name}.so")], check=True)
+    return getattr(ctypes.CDLL(str(folder / f"{name}.so")), name)
 
 
 def environment() -> dict[str, str]:
