@@ -40,30 +40,33 @@ def prompts(model: MemoryModel, count: int, tokens: int, after: int) -> list[lis
     return found
 
 
-def open_bank(folder: Path, model: MemoryModel, embedder, references: int, progress=None, cold: bool = False) -> Bank:
-    """A bank of so many references of `span` tokens, written at first use; goes on where a stopped writing ended.
+def open_bank(folder: Path, model: MemoryModel, embedder, references: int, progress=None) -> Bank:
+    """A bank of at least so many references of `span` tokens, open for writing; goes on where a stopped writing ended.
 
-    cold: only texts and embeddings now, each memory when it is first retrieved. progress(done, total) after each batch.
-    Returns it open for reading, a cold one for writing.
+    Only texts and embeddings are written here. A memory is written when it is first retrieved, and is then there for
+    good: the untimed runs before a measurement write all that it needs. progress(done, total) after each batch.
     """
     identity = model.identity(embedder=embedder.name)
     there = (folder / "data.mdb").is_file()
-    with Bank.open(folder, identity, write=True) if there else Bank.create(folder, identity) as bank:
+    bank = Bank.open(folder, identity, write=True) if there else Bank.create(folder, identity)
+    if len(bank) >= references:
+        return bank
+    try:
         wanted = windows(model, model.memory.span)
         done = 0
         while done < references:
             part = list(islice(wanted, min(32, references - done)))
+            if not part:
+                raise ValueError(f"references: the corpus has {done} pieces of {model.memory.span} tokens")
             new = [ids for ids in part if not bank.has(bank.record_id(ids))]
             if new:
                 texts = [model.tokenizer.decode(ids) for ids in new]
-                if cold:
-                    bank.add_cold(texts, new, embedder.encode(texts))
-                else:
-                    bank.add(model.write_ids(new, texts), embedder.encode(texts))
+                bank.add_cold(texts, new, embedder.encode(texts))
             done += len(part)
             if progress is not None:
                 progress(done, references)
-            if not part:
-                raise ValueError(f"references: the corpus has {done} pieces of {model.memory.span} tokens")
         bank.build_index()
-    return Bank.open(folder, identity, write=cold)
+    except BaseException:
+        bank.close()
+        raise
+    return bank

@@ -51,17 +51,18 @@ def main(args: argparse.Namespace) -> int:
 
     model, embedder = load_model("smollm2-135m", weights=args.weights), Embedder()
     folder = args.bank or corpus.default_folder(args.references, model)
-    bank = corpus.open_bank(folder, model, embedder, args.references, _progress)
     rows: list[dict[str, Any]] = []
-    for threads in args.threads:
-        torch.set_num_threads(threads)
-        for batch in args.batch:
-            prompts = corpus.prompts(model, batch, args.tokens, args.references)
-            rows += measure(model, bank, embedder, prompts, args.tokens, args.runs, args.arms, threads)
-            show(rows[-len(args.arms) :], batch, threads)
+    with corpus.open_bank(folder, model, embedder, args.references, _progress) as bank:
+        held = len(bank)
+        for threads in args.threads:
+            torch.set_num_threads(threads)
+            for batch in args.batch:
+                prompts = corpus.prompts(model, batch, args.tokens, args.references)
+                rows += measure(model, bank, embedder, prompts, args.tokens, args.runs, args.arms, threads)
+                show(rows[-len(args.arms) :], batch, threads)
     settings = {
         "model": "smollm2-135m", "weights": args.weights, "tokens_in": args.tokens, "tokens_out": args.tokens,
-        "references": len(bank), "reference_tokens": model.memory.span, "refs": model.memory.refs,
+        "references": held, "reference_tokens": model.memory.span, "refs": model.memory.refs,
         "chunk": model.memory.chunk, "memory_layers": len(model.memory.layers), "memory_tokens": model.memory.tokens,
     }  # fmt: skip
     if args.json:

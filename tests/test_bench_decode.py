@@ -9,7 +9,7 @@ import torch
 from engine.common import MEMORY, HashEmbedder, make_bank, make_model, prompt
 
 from bench import __main__ as command
-from bench import decode, report
+from bench import corpus, decode, report
 from bench.ceilings import Ceilings
 from bench.decode import arms, banks, predict, summary
 from bench.decode.arms import Setting
@@ -129,8 +129,31 @@ def test_siblings_find_the_same(tmp_path):
             bank.close()
         with banks.sibling(tmp_path / "vq", model, source, 30) as again_open:
             assert len(again_open) == 30 and again_open.codec is not None
-    assert banks.opened(tmp_path / "bank", 41) is None and banks.opened(tmp_path / "nothing", 1) is None
-    banks.opened(tmp_path / "bank", 40).close()
+
+
+def test_bank_of_references_goes_on_where_it_was(tmp_path, monkeypatch):
+    """Written without memories; a stopped writing is resumed; a whole one is opened without reading the corpus."""
+    model, embedder, folder = make_model(), HashEmbedder(), tmp_path / "bank"
+    texts = [prompt(model.memory.span, number) for number in range(70)]
+    monkeypatch.setattr(corpus, "windows", lambda model, tokens: iter(texts))
+    seen: list[int] = []
+
+    def stop(done: int, total: int) -> None:
+        seen.append(done)
+        if done == 64:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        corpus.open_bank(folder, model, embedder, 70, stop)
+    with corpus.open_bank(folder, model, embedder, 70) as bank:
+        assert seen == [32, 64] and len(bank) == 70
+        ids, _ = bank.search(embedder.encode([bank.text(bank.record_id(texts[69]))]), 1)
+        assert bank.token_ids(ids[0][0]) == texts[69] and bank.cold(ids[0]) == ids[0]
+    monkeypatch.setattr(corpus, "windows", None)
+    corpus.open_bank(folder, model, embedder, 60).close()
+    monkeypatch.setattr(corpus, "windows", lambda model, tokens: iter(texts))
+    with pytest.raises(ValueError, match="the corpus has 70 pieces"):
+        corpus.open_bank(folder, model, embedder, 71)
 
 
 # ---- intervals, records, summaries -----------------------------------------------------------------------------------
@@ -366,7 +389,7 @@ def test_peak_memory_asks_a_process_per_arm(tiny, monkeypatch):
         return subprocess.CompletedProcess(command_line, 0, stdout='noise\n{"peak_rss_bytes": 123}\n')
 
     monkeypatch.setattr(decode.subprocess, "run", run)
-    monkeypatch.setattr(banks, "opened", lambda *_: pytest.fail("opened"))
+    monkeypatch.setattr(corpus, "open_bank", lambda *_: pytest.fail("opened"))
     out = folder / "decode.json"
     assert command.main([*line, "--json", str(out), "--peak-memory", "--protocol", "worst"]) == 0
     assert asked == list(arms.PROTOCOLS["worst"])

@@ -126,10 +126,7 @@ class Ground:
             args, model = self.args, self.model(self.args.weights[0])
             folder = args.bank or corpus.default_folder(args.references, model)
             source = self._open.enter_context(
-                banks.opened(folder, args.references)
-                or corpus.open_bank(
-                    folder.with_name(f"{folder.name}-cold"), model, self.embedder, args.references, _progress, cold=True
-                )
+                corpus.open_bank(folder, model, self.embedder, args.references, _progress)
             )
 
             def sibling(name: str, model=model, codec=None):

@@ -26,17 +26,6 @@ def codec_spec(head_dim: int) -> str:
     return CODEC.replace("64", str(head_dim)) if head_dim % 8 == 0 else CODEC
 
 
-def opened(folder: Path, references: int) -> Bank | None:
-    """The bank in `folder` open for reading, where it is there and holds at least so many references."""
-    if not (folder / "data.mdb").is_file():
-        return None
-    bank = Bank.open(folder)
-    if len(bank) >= references:
-        return bank
-    bank.close()
-    return None
-
-
 def sibling(
     folder: Path, model: MemoryModel, source: Bank, references: int, codec: Callable[[], Codec] | None = None
 ) -> Bank:
