@@ -20,6 +20,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -30,14 +31,19 @@ from .. import environment
 from ..report import document, show_table, write_json
 
 ROOT = Path(__file__).resolve().parents[2]
-KERNELS = ("csrc/**/*.cu", "csrc/**/*.cuh", "csrc/**/*.h", "csrc/torch/cuda/*.cpp", "tests/simt/*")
-TRITON = ("memory3_kernels/triton/*.py", "memory3_kernels/testing/*.py")
+sys.path.append(str(ROOT / "tests"))
+from simt import sources  # noqa: E402
+
 PTX_TESTS = tuple(f"tests/gpu/test_cuda_{name}.py" for name in ("ptx", "attention", "decode", "records"))
-CONTRACTS = ("memory3_kernels/ops/*.py", "tests/test_ops.py")
+CONTRACTS = ("memory3_kernels/_registry.py", "memory3_kernels/testing/compare.py", "tests/test_ops.py")
+CALLS = tuple(f"tests/simt/{name}.py" for name in ("__init__", "build", "host", "*cases", "fuzz"))
+LIMITS = ("memory3_kernels/testing/cuda_limits.py", "memory3_kernels/testing/triton_limits.py")
+NVCC, PTX = ("tests/simt/nvcc.py",), ("tests/simt/ptx.py", "memory3_kernels/testing/triton_ptx.py", LIMITS[0])
+TRITON = ("memory3_kernels/triton/*.py", "memory3_kernels/testing/triton_[ip]*.py", LIMITS[0])
+BUGS = ("tests/simt/bugs/*", "tests/simt/planted*.py")
 
 
 def _sanitized() -> dict[str, str]:
-    sys.path.insert(0, str(ROOT / "tests"))
     from simt import build
 
     return build.environment() | {"M3_SIMT_LIBRARY": str(build.build(sanitize=True))}
@@ -45,46 +51,55 @@ def _sanitized() -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Stage:
-    """`sources`: what a record depends on besides the stage's own files; `environment`: made when the stage begins."""
+    """`sources`: what a record depends on besides the stage's own files, as globs, or by the op that the record is of;
+    `environment`: made when the stage begins."""
 
     name: str
     files: tuple[str, ...]
     about: str
-    sources: tuple[str, ...]
+    sources: tuple[str | Callable[[str], set[Path]], ...]
     environment: Callable[[], dict[str, str]] = field(default=lambda: {})
 
-    def digest(self) -> str:
-        """Of everything the stage's records depend on: equal digests, equal verdicts."""
+    def depends(self, op: str | None) -> set[Path]:
+        """The files that a record of `op` depends on; None: of all ops."""
+        found = {p for glob in (*self.files, *self.sources) if isinstance(glob, str) for p in ROOT.glob(glob)}
+        for made_from in self.sources:
+            if callable(made_from):
+                found |= made_from(op or "*") or made_from("*")
+        return {path for path in found if path.is_file()}
+
+    def digest(self, op: str | None) -> str:
+        """Of everything a record of `op` depends on: equal digests, equal verdicts."""
         found = hashlib.sha256()
-        for path in sorted({p for glob in (*self.sources, *self.files) for p in ROOT.glob(glob)}):
-            if path.is_file():
-                found.update(path.relative_to(ROOT).as_posix().encode() + b"\0" + path.read_bytes())
+        for path in sorted(self.depends(op)):
+            found.update(path.relative_to(ROOT).as_posix().encode() + b"\0" + path.read_bytes())
         return found.hexdigest()[:16]
 
 
 STAGES = {
     s.name: s
     for s in (
-        Stage("simt", ("tests/gpu/simulated.py",), "CUDA kernels on the SIMT host, sanitized, several schedules",
-              (*KERNELS, *CONTRACTS), _sanitized),
-        Stage("resources", ("tests/gpu/test_cuda_compile.py",), "registers, spills, shared memory, instructions",
-              (*KERNELS, "memory3_kernels/testing/cuda_limits.py")),
-        Stage("ptx", PTX_TESTS, "nvcc's PTX in the PTX interpreter: results, hazards, traffic",
-              (*KERNELS, *CONTRACTS, "memory3_kernels/testing/*.py")),
-        Stage("fuzz", ("tests/gpu/fuzzed.py",), "random calls on the SIMT host, sanitized", (*KERNELS, *CONTRACTS),
-              _sanitized),
-        Stage("fuzz-ptx", ("tests/gpu/fuzzed.py",), "random calls in the PTX interpreter", (*KERNELS, *CONTRACTS)),
-        Stage("bugs", ("tests/gpu/test_planted_bugs.py",), "planted bugs, each found by its stage",
-              (*KERNELS, "tests/simt/bugs/*", *CONTRACTS)),
-        Stage("triton-interpreter", ("tests/gpu/interpreter_rules.py", "tests/gpu/interpreted.py"),
-              "Triton kernels in Triton's interpreter, bounds and races checked", (*TRITON, *CONTRACTS),
-              lambda: {"TRITON_INTERPRET": "1"}),
-        Stage("triton-compile", ("tests/gpu/test_triton_compile.py",), "Triton kernels compiled per arch: resources",
-              (*TRITON, *CONTRACTS)),
-        Stage("triton-ptx", ("tests/gpu/test_triton_ptx.py",), "Triton's PTX in the PTX interpreter",
-              (*TRITON, *CONTRACTS)),
         Stage("fake", ("tests/gpu/test_fake_cuda.py",), "dispatch, tracing and export of fake CUDA tensors",
-              ("memory3_kernels/*.py", *CONTRACTS)),
+              ("memory3_kernels/*.py", "memory3_kernels/ops/*.py", *CONTRACTS)),
+        Stage("resources", ("tests/gpu/test_cuda_compile.py",), "registers, spills, shared memory, instructions",
+              (sources.kernel, *NVCC, LIMITS[0])),
+        Stage("simt", ("tests/gpu/simulated.py",), "CUDA kernels on the SIMT host, sanitized, several schedules",
+              (sources.host, sources.contract, *CALLS, *CONTRACTS), _sanitized),
+        Stage("fuzz", ("tests/gpu/fuzzed.py",), "random calls on the SIMT host, sanitized",
+              (sources.host, sources.contract, *CALLS, *CONTRACTS), _sanitized),
+        Stage("ptx", PTX_TESTS, "nvcc's PTX in the PTX interpreter: results, hazards, traffic",
+              (sources.host, sources.contract, *NVCC, *PTX, *CALLS, *CONTRACTS)),
+        Stage("fuzz-ptx", ("tests/gpu/fuzzed.py",), "random calls in the PTX interpreter",
+              (sources.host, sources.contract, *NVCC, *PTX, *CALLS, *CONTRACTS)),
+        Stage("triton-interpreter", ("tests/gpu/interpreter_rules.py", "tests/gpu/interpreted.py"),
+              "Triton kernels in Triton's interpreter, bounds and races checked",
+              (sources.contract, *TRITON, *CONTRACTS), lambda: {"TRITON_INTERPRET": "1"}),
+        Stage("triton-compile", ("tests/gpu/test_triton_compile.py",), "Triton kernels compiled per arch: resources",
+              (sources.contract, *TRITON, *LIMITS, *CONTRACTS)),
+        Stage("triton-ptx", ("tests/gpu/test_triton_ptx.py",), "Triton's PTX in the PTX interpreter",
+              (sources.contract, *TRITON, *CONTRACTS)),
+        Stage("bugs", ("tests/gpu/test_planted_bugs.py",), "planted bugs, each found by its stage",
+              (sources.host, sources.contract, *NVCC, *PTX, *CALLS, *BUGS, *CONTRACTS)),
     )
 }  # fmt: skip
 
@@ -104,11 +119,11 @@ class Records:
         rows = json.loads(path.read_text())["rows"] if path.is_file() else []
         self.rows: dict[tuple[str, str], dict[str, Any]] = {(row["stage"], row["test"]): row for row in rows}
 
-    def kept(self, stage: Stage, digest: str) -> list[str]:
-        """Tests that passed with these sources."""
+    def kept(self, stage: Stage, digest: Callable[[str | None], str]) -> list[str]:
+        """Tests that passed with the sources as they are."""
         return [
             test for (name, test), row in self.rows.items()
-            if name == stage.name and row["sources"] == digest and row["verdict"] == "passed"
+            if name == stage.name and row["verdict"] == "passed" and row["sources"] == digest(row["kernel"])
         ]  # fmt: skip
 
     def forget(self, stage: Stage, tests: list[str]) -> None:
@@ -150,7 +165,7 @@ def run_stage(stage: Stage, records: Records, expression: str, end: float, advan
     files = [name for name in stage.files if (ROOT / name).is_file()]
     if not files:
         raise RuntimeError(f"stage {stage.name}: {', '.join(stage.files)} is not there")
-    digest = stage.digest()
+    digest = cache(stage.digest)
     kept = records.kept(stage, digest)
     with tempfile.TemporaryDirectory() as folder:
         log, keep = Path(folder) / "log", Path(folder) / "keep"
@@ -170,7 +185,11 @@ def run_stage(stage: Stage, records: Records, expression: str, end: float, advan
                         collected = line["collected"]
                         advance(len(collected), len(set(collected) & set(kept)))
                         continue
-                    records.rows[stage.name, line["test"]] = {"stage": stage.name, **line, "sources": digest}
+                    records.rows[stage.name, line["test"]] = {
+                        "stage": stage.name,
+                        **line,
+                        "sources": digest(line["kernel"]),
+                    }
                     done.add(line["test"])
                     advance(0, 1)
                     if time.monotonic() - saved > 10:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 
 import pytest
-from simt import nvcc
+from simt import host, nvcc
 
 from memory3_kernels.testing.cuda_limits import LIMITS
 
@@ -17,7 +17,7 @@ ARCHS = nvcc.ARCHS if FULL else (80, 90)
 
 
 @pytest.mark.parametrize("arch", ARCHS)
-@pytest.mark.parametrize("op", [p.stem for p in nvcc.sources()])
+@pytest.mark.parametrize("op", host.names())
 def test_resources(op, arch, record_property):
     if nvcc.missing_tools():
         pytest.skip(nvcc.missing_tools())

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 
-from . import build
+from . import build, sources
 
 sys.path.insert(0, str(build.ROOT / "_build"))
 import find_nvcc  # noqa: E402
@@ -45,10 +45,6 @@ def missing_tools() -> str | None:
     return None if all(_tools().values()) else "cuobjdump and nvdisasm are not installed (Triton's wheel has them)"
 
 
-def sources() -> list[Path]:
-    return sorted(build.CSRC.glob("*/*.cu"))
-
-
 def compile_kernels(op: str, arch: int, kind: str, one_shape: bool = False) -> Path:
     """`op`'s kernels as "ptx" or "cubin" for sm_`arch`; kept until a source changes.
 
@@ -60,7 +56,7 @@ def compile_kernels(op: str, arch: int, kind: str, one_shape: bool = False) -> P
     """
     source = build.CSRC / op / f"{op}.cu"
     target = OUT / f"{op}.sm_{arch}{'.one' if one_shape else ''}.{kind}"
-    newest = max(p.stat().st_mtime for p in build.CSRC.rglob("*") if p.suffix in (".cu", ".cuh", ".h"))
+    newest = max(p.stat().st_mtime for p in sources.kernel(op, build.CSRC))
     if target.is_file() and target.stat().st_mtime > newest:
         return target
     OUT.mkdir(parents=True, exist_ok=True)
