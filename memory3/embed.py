@@ -14,12 +14,13 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from memory3_kernels import memory_attention, native_reason
 
 from . import data
 from .identity import hash_files
+from .model.layers import Linear
 
 MAX_TOKENS = 256
 LAYER_NORM_EPS = 1e-12
@@ -120,6 +121,17 @@ class Embedder:
             return self._loaded
 
 
+class _Affine:
+    """x W^T + b by the model's own linear layer: torch's bf16 products crawl on a CPU without instructions for them."""
+
+    def __init__(self, weight: Tensor, bias: Tensor):
+        self.map = Linear(weight.shape[1], weight.shape[0], nn.Parameter(weight, requires_grad=False))
+        self.bias = bias
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.map(x).add_(self.bias)
+
+
 class _Bert:
     """BERT encoder forward with absolute positions and post-norm, mean-pooled; inference only.
 
@@ -150,11 +162,11 @@ class _Bert:
             qkv = [pair(f"{at}.attention.self.{which}") for which in ("query", "key", "value")]
             self.layers.append(
                 (
-                    (torch.cat([w for w, _ in qkv]), torch.cat([b for _, b in qkv])),
-                    pair(f"{at}.attention.output.dense"),
+                    _Affine(torch.cat([w for w, _ in qkv]), torch.cat([b for _, b in qkv])),
+                    _Affine(*pair(f"{at}.attention.output.dense")),
                     pair(f"{at}.attention.output.LayerNorm"),
-                    pair(f"{at}.intermediate.dense"),
-                    pair(f"{at}.output.dense"),
+                    _Affine(*pair(f"{at}.intermediate.dense")),
+                    _Affine(*pair(f"{at}.output.dense")),
                     pair(f"{at}.output.LayerNorm"),
                 )
             )
@@ -171,10 +183,9 @@ class _Bert:
         attend = self._attention(real)
         x = F.layer_norm(self.words[tokens] + self.places[:longest], (self.dim,), *self.norm, eps=LAYER_NORM_EPS)
         for qkv, merge, norm_attention, up, down, norm_mlp in self.layers:
-            mixed = attend(F.linear(x, *qkv).view(count, longest, 3, self.heads, -1)).reshape(x.shape)
-            x = F.layer_norm(x + F.linear(mixed, *merge), (self.dim,), *norm_attention, eps=LAYER_NORM_EPS)
-            hidden = F.gelu(F.linear(x, *up))
-            x = F.layer_norm(x + F.linear(hidden, *down), (self.dim,), *norm_mlp, eps=LAYER_NORM_EPS)
+            mixed = attend(qkv(x).view(count, longest, 3, self.heads, -1)).reshape(x.shape)
+            x = F.layer_norm(x + merge(mixed), (self.dim,), *norm_attention, eps=LAYER_NORM_EPS)
+            x = F.layer_norm(x + down(F.gelu(up(x))), (self.dim,), *norm_mlp, eps=LAYER_NORM_EPS)
         weight = real[..., None].float()
         return F.normalize((x.float() * weight).sum(1) / weight.sum(1), dim=-1)
 
