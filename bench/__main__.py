@@ -5,10 +5,10 @@ from __future__ import annotations
 import argparse
 import sys
 
-from . import compare, decode, engine, gpu, growth, loop, reporting, run
+from . import compare, decode, dispatch, engine, gpu, growth, loop, reporting, run
 
-COMMANDS = {"run": run, "loop": loop, "engine": engine, "decode": decode, "compare": compare, "growth": growth}
-COMMANDS["report"] = reporting
+COMMANDS = {"run": run, "dispatch": dispatch, "loop": loop, "engine": engine, "decode": decode, "compare": compare}
+COMMANDS |= {"growth": growth, "report": reporting}
 COMMANDS |= gpu.COMMANDS
 
 

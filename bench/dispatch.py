@@ -1,19 +1,45 @@
-"""What a call costs before any work: each op on its emptiest case, from Python."""
+"""What a call costs before any work: every op of the registry on its emptiest case, from Python.
+
+The calls of all ops take turns, in bursts of CALLS; the medians are over rounds.
+"""
 
 from __future__ import annotations
 
+import argparse
 import time
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-from memory3_kernels._registry import Case, Op
+import memory3_kernels  # noqa: F401  (registers the ops)
+from memory3_kernels._registry import OPS, Case, Op
 
+from . import environment
 from .measure import operands
+from .report import document, show_table, write_json
 from .timing import Summary
 
 CALLS = 2000
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", metavar="FILE", help="write all records here")
+    parser.add_argument("--op", nargs="+", choices=sorted(OPS), default=sorted(OPS), help="default: all")
+    parser.add_argument("--rounds", type=int, default=25, help="bursts of each op (default: 25)")
+
+
+def main(args: argparse.Namespace) -> int:
+    rows = measure([OPS[name] for name in args.op], torch.bfloat16, args.rounds)
+    show(rows)
+    if args.json:
+        write_json(args.json, document("dispatch", {"rounds": args.rounds}, environment.describe(), rows))
+    return 0
+
+
+def show(rows: Sequence[dict[str, Any]]) -> None:
+    shown = [[row["op"], row["case"], f"{row['us']:.1f}", f"{row['us_low']:.1f}"] for row in rows]
+    show_table("a call with nothing to do, from Python", ("op", "case", "us", "least"), shown)
 
 
 def emptiest(op: Op, dtype: torch.dtype) -> Case:

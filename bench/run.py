@@ -77,7 +77,7 @@ def main(args: argparse.Namespace) -> int:
         empty = dispatch.measure([OPS[name] for name in args.op], DTYPES[args.dtype], settings["rounds"])
     for top in tops:
         show(rows, top)
-    show_dispatch(empty)
+    dispatch.show(empty)
     if args.json:
         more = {"ceilings": [asdict(top) for top in tops], "dispatch": empty}
         write_json(args.json, document("run", settings, environment.describe(), rows, **more))
@@ -145,11 +145,6 @@ def show(rows: list[dict[str, Any]], top: ceilings.Ceilings) -> None:
         f"{top.matmul_gflop_s:.0f} GFLOP/s; load {environment.load_average():.1f}"
     )
     show_table(title, ("op, case, dtype", "ms", "GB/s", "reads", "GFLOP/s", "products", "times as fast as"), shown)
-
-
-def show_dispatch(empty: list[dict[str, Any]]) -> None:
-    shown = [[row["op"], row["case"], f"{row['us']:.1f}", f"{row['us_low']:.1f}"] for row in empty]
-    show_table("a call with nothing to do, from Python", ("op", "case", "us", "least"), shown)
 
 
 def milliseconds(value: float) -> str:

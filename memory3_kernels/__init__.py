@@ -30,7 +30,7 @@ if _find_spec("torch") is not None:
     from .ops.scatter_memory import scatter_memory
     from .ops.select_tokens import select_tokens
     from .ops.vq_dequantize import vq_dequantize
-    from .packed import PackedWeight, pack_blocks, pack_weight, unpack_weight
+    from .packed import PackedWeight, PackedWeights, join_weights, pack_blocks, pack_weight, unpack_weight
 else:  # numpy_api and the doctor still work
 
     def __getattr__(name: str):
@@ -48,6 +48,7 @@ __all__ = [
     "explain",
     "gather_dequantize",
     "gather_memory",
+    "join_weights",
     "memory_attention",
     "memory_attention_backward",
     "memory_decode",
@@ -58,6 +59,7 @@ __all__ = [
     "pack_weight",
     "packed_linear",
     "PackedWeight",
+    "PackedWeights",
     "scatter_memory",
     "select_tokens",
     "unpack_weight",

@@ -6,8 +6,10 @@ kernels for device keys. Tests and benchmarks iterate over `OPS`: nothing about 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 
@@ -94,7 +96,12 @@ class Op:
     compare: Callable | None = None
     mutates: tuple[int, ...] = ()
     overload: Callable = field(init=False, repr=False)
-    forward: Callable = field(init=False, repr=False)  # the same kernels in `memory3_forward`, without autograd's
+    # The same kernels in `memory3_forward`, without autograd's, by position: names take the dispatcher long.
+    # `names`: of all arguments; `defaults`: what stands for one that is left out.
+    forward: Callable = field(init=False, repr=False)
+    names: tuple[str, ...] = field(init=False, repr=False)
+    defaults: tuple = field(init=False, repr=False)
+    known: frozenset[str] = field(init=False, repr=False)
 
     def __call__(self, *args, **kwargs):
         """Calls the op: through the dispatcher, or a forced backend (`_backends.use_backend`)."""
@@ -106,13 +113,15 @@ class Op:
             or (_is_grad_enabled() and _any_requires_grad(*args))
             or _dispatch_modes()
             or _transform() is not None
+            or not self.known.issuperset(kwargs)
         ):
             return self._call_with_everything(*args, **kwargs)
         try:
             for i in self.mutates:
                 if not args[i].is_inference():
                     torch._C._increment_version((args[i],))
-            return self.forward(*args, **kwargs)
+            count = len(args)
+            return self.forward(*args, *map(kwargs.get, self.names[count:], self.defaults[count:]))
         except RuntimeError:
             if not _any_float64(args):
                 raise
@@ -185,15 +194,34 @@ def register(op: Op) -> Op:
         _forbid_gradient(op)
     if op.mutates:
         _count_versions(op)
-    _forward_library.define(op.name + op.schema)
-    forward = getattr(getattr(torch.ops, FORWARD_NAMESPACE), op.name).default
-    _forward_library.impl(op.name, op.reference, "CompositeExplicitAutograd")
-    _forward_library.impl(op.name, torch.library.fallthrough_kernel, "Autograd")
-    torch.library.register_fake(f"{FORWARD_NAMESPACE}::{op.name}", op.fake, lib=_forward_library)
-    object.__setattr__(op, "forward", forward._op)  # without the Python frame of OpOverload
+    _register_forward(op)
     _register_twins(op)
     OPS[op.name] = op
     return op
+
+
+class Missing:
+    """Stands for an argument that a call must give: the dispatcher refuses it, naming the argument."""
+
+
+def _register_forward(op: Op) -> None:
+    arguments = op.overload._schema.arguments
+    put = partial(object.__setattr__, op)
+    put("names", tuple(a.name for a in arguments))
+    put("defaults", tuple(a.default_value if a.has_default_value() else Missing for a in arguments))
+    put("known", frozenset(op.names))
+    _forward_library.define(op.name + re.sub(r"=None|\*, ", "", op.schema))
+    _forward_library.impl(op.name, _by_position(op, op.reference), "CompositeExplicitAutograd")
+    _forward_library.impl(op.name, torch.library.fallthrough_kernel, "Autograd")
+    torch.library.register_fake(f"{FORWARD_NAMESPACE}::{op.name}", _by_position(op, op.fake), lib=_forward_library)
+    put("forward", getattr(getattr(torch.ops, FORWARD_NAMESPACE), op.name).default._op)  # without OpOverload's frame
+
+
+def _by_position(op: Op, function: Callable) -> Callable:
+    """`function`, some of whose arguments have to be named, for a schema in which none is."""
+    named = [a.name for a in op.overload._schema.arguments if a.kwarg_only]
+    plain = len(op.names) - len(named)
+    return lambda *args: function(*args[:plain], **dict(zip(named, args[plain:], strict=True)))
 
 
 def _register_twins(op: Op) -> None:
@@ -220,6 +248,8 @@ def _register_twins(op: Op) -> None:
     _fallback_library.define(op.name + op.schema)
     _fallback_library.impl(op.name, launch if runs else op.reference, "CompositeExplicitAutograd")
     if runs:
-        for namespace, library in ((NAMESPACE, _library), (FORWARD_NAMESPACE, _forward_library)):
+        for namespace, library, kernel in (
+            (NAMESPACE, _library, launch), (FORWARD_NAMESPACE, _forward_library, _by_position(op, launch)),
+        ):  # fmt: skip
             if not torch._C._dispatch_has_kernel_for_dispatch_key(f"{namespace}::{op.name}", "CUDA"):
-                library.impl(op.name, launch, "CUDA")
+                library.impl(op.name, kernel, "CUDA")

@@ -6,6 +6,7 @@ The values of q8_0 and q4_1 are those of the GGUF file; nothing is quantised aga
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 TILE, BLOCK = 16, 32
 # Bytes of a GGUF block in a row, of a packed block's values per row, float16 scales per row and block.
 FORMATS = {"bf16": (64, 64, 0), "q8_0": (34, 32, 1), "q4_1": (20, 16, 2)}
+LETTERS = {"bf16": "b", "q8_0": "8", "q4_1": "4"}
 
 
 class PackedWeight(NamedTuple):
@@ -33,6 +35,33 @@ class PackedWeight(NamedTuple):
     @property
     def nbytes(self) -> int:
         return self.data.nbytes
+
+
+class PackedWeights(NamedTuple):
+    """Packed weights end to end, for an op that takes those of a whole model: two arguments to pass and to check at
+    every call instead of hundreds. Made by `join_weights`.
+
+    Attributes:
+        data: uint8 [bytes], contiguous; every weight begins at a multiple of 64.
+        formats: a letter of LETTERS per weight.
+    """
+
+    data: Tensor
+    formats: str
+
+
+def join_weights(
+    weights: Sequence[PackedWeight], data: Tensor | None = None
+) -> tuple[PackedWeights, list[PackedWeight]]:
+    """The weights end to end, and each of them as a view of that. `data`: where, uint8 [all their bytes]; None: new."""
+    sizes = [weight.nbytes for weight in weights]
+    if data is None:
+        data = torch.empty(sum(sizes), dtype=torch.uint8)
+    views = [
+        weight._replace(data=part.view_as(weight.data).copy_(weight.data))
+        for weight, part in zip(weights, data.split(sizes), strict=True)
+    ]
+    return PackedWeights(data, "".join(LETTERS[weight.format] for weight in weights)), views
 
 
 def check_format(format: str) -> None:

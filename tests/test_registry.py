@@ -6,6 +6,7 @@ import inspect
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 import memory3_kernels
 from memory3_kernels import _backends, _load, explain, use_backend
-from memory3_kernels._registry import OPS, Cost, Op, register
+from memory3_kernels._registry import OPS, Cost, register
 
 DOCS = Path(__file__).parent.parent / "docs" / "ops"
 ALL = [pytest.param(op, id=name) for name, op in OPS.items()]
@@ -100,17 +101,34 @@ def test_all_is_sorted_and_real():
 def test_a_second_registration_is_refused():
     op = OPS["gather_memory"]
     with pytest.raises(ValueError, match="'gather_memory' is registered twice"):
-        register(Op(**{f: getattr(op, f) for f in Op.__dataclass_fields__ if f not in ("overload", "forward")}))
+        register(replace(op))
 
 
 @pytest.mark.parametrize("op", ALL)
 def test_the_forward_twin_has_the_op_s_kernels(op):
-    """Calls that nothing but a kernel has a say in go to memory3_forward: the same schema and kernels, no autograd."""
+    """Calls that nothing but a kernel has a say in go to memory3_forward: the same arguments, by position, and kernels,
+    no autograd.
+    """
     twin = getattr(torch.ops.memory3_forward, op.name).default
-    assert str(twin._schema).replace("memory3_forward::", "memory3::") == str(op.overload._schema)
+    whole, ours = op.overload._schema, twin._schema
+    assert [(a.name, str(a.type)) for a in ours.arguments] == [(a.name, str(a.type)) for a in whole.arguments]
+    assert [str(r.type) for r in ours.returns] == [str(r.type) for r in whole.returns]
+    assert not any(a.kwarg_only or a.has_default_value() for a in ours.arguments)
     kernels = torch._C._dispatch_dump(f"memory3_forward::{op.name}")
     assert "CPU: " in kernels or not NATIVE
     assert "[ fallthrough boxed ]" in kernels
+
+
+def test_a_wrong_name_and_a_missing_argument_are_named():
+    """By position a wrong name would be dropped, and a missing argument be somebody's default."""
+    op = OPS["select_tokens"]
+    args, kwargs = sample(op)
+    with torch.no_grad():
+        with pytest.raises(RuntimeError, match="expected at most 7 argument"):
+            op(*args, **kwargs, nonsense=1)
+        name = next(iter(kwargs))
+        with pytest.raises(RuntimeError, match=name):
+            op(*args, **{k: v for k, v in kwargs.items() if k != name})
 
 
 def test_a_call_of_a_fake_tensor_traces():

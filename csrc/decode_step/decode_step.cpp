@@ -403,7 +403,7 @@ m3_status check_values(const M3DecodeStepParams& p) {
     M3_CHECK(p.lengths[b] >= 0 && p.lengths[b] < p.capacity,
              "lengths[%lld]: expected 0..%lld, the cache's last row, got %d", ll(b), ll(p.capacity - 1), p.lengths[b]);
     M3_CHECK(p.lengths[b] + p.span >= 0 && p.lengths[b] + p.span < p.positions,
-             "lengths[%lld]: expected a position below %lld, the rows of cos, got %d + span %lld", ll(b),
+             "lengths[%lld]: expected a position below %lld, the rows of rope, got %d + span %lld", ll(b),
              ll(p.positions), p.lengths[b], ll(p.span));
   }
   for (int64_t i = 0; i < p.memory_layers; ++i)

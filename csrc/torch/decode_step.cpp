@@ -7,45 +7,39 @@
 namespace m3::binding {
 namespace {
 
-// A packed weight names its format by the bytes of its tiles.
-M3PackedWeight packed(const Tensor& t, size_t index, int64_t rows, int64_t cols) {
-  M3PackedWeight w{nullptr, rows, cols, M3_WEIGHT_BF16};
-  const bool matrix = t.scalar_type() == ScalarType::Byte && t.dim() == 2 && t.size(0) == m3_packed_tiles(&w) &&
-                      (t.size(0) < 2 || t.stride(0) == t.size(1)) && t.stride(1) == 1;
-  for (m3_weight_format format : {M3_WEIGHT_BF16, M3_WEIGHT_Q8_0, M3_WEIGHT_Q4_1}) {
-    w.format = format;
-    if (!matrix || t.size(1) != m3_packed_tile_bytes(&w)) continue;
-    w.data = t.const_data_ptr<uint8_t>();
-    return w;
-  }
-  STD_TORCH_CHECK(false, "weights[", index, "]: expected ", rows, " rows of ", cols,
-                  " packed by pack_weight (uint8, contiguous), got ", torch::headeronly::toString(t.scalar_type()), " ",
-                  shape_of(t));
-  return w;
+m3_weight_format format_of(char letter, size_t index) {
+  if (letter == 'b') return M3_WEIGHT_BF16;
+  if (letter == '8') return M3_WEIGHT_Q8_0;
+  STD_TORCH_CHECK(letter == '4', "formats[", index, "]: expected one of b, 8, 4, got ", std::string(1, letter));
+  return M3_WEIGHT_Q4_1;
 }
 
-std::vector<M3PackedWeight> packed_weights(const std::vector<Tensor>& tensors, M3DecodeStepParams& p) {
+// The weights of a whole model end to end, a letter each for their formats.
+std::vector<M3PackedWeight> packed_weights(const Tensor& data, const std::string& formats,
+                                           const M3DecodeStepParams& p) {
   const size_t wanted = p.layers * M3_STEP_LINEARS + 1;
-  STD_TORCH_CHECK(tensors.size() == wanted, "weights: expected ", wanted, ", four per layer and the head, got ",
-                  tensors.size());
+  STD_TORCH_CHECK(formats.size() == wanted, "formats: expected ", wanted,
+                  " letters, four per layer and the head, got ", formats.size());
   const int64_t q = p.heads * p.head_dim, qkv = q + 2 * p.kv_heads * p.head_dim;
-  p.ffn = 1;
-  if (p.layers > 0) {
-    const Tensor& gate_up = tensors[M3_STEP_GATE_UP];
-    STD_TORCH_CHECK(gate_up.dim() == 2 && gate_up.size(0) > 0 && gate_up.size(0) % 4 == 0,
-                    "weights[2]: expected gate and up of a multiple of 32 rows each, packed, got ", shape_of(gate_up));
-    p.ffn = gate_up.size(0) * M3_PACKED_ROWS / 2;
-  } else {
-    p.ffn = M3_PACKED_COLS;
-  }
   const int64_t sizes[M3_STEP_LINEARS][2] = {{qkv, p.dim}, {p.dim, q}, {2 * p.ffn, p.dim}, {p.dim, p.ffn}};
   std::vector<M3PackedWeight> weights;
   weights.reserve(wanted);
-  for (size_t i = 0; i + 1 < wanted; ++i) {
-    const int64_t* size = sizes[i % M3_STEP_LINEARS];
-    weights.push_back(packed(tensors[i], i, size[0], size[1]));
+  int64_t bytes = 0;
+  for (size_t i = 0; i < wanted; ++i) {
+    const int64_t head[2] = {p.vocab, p.dim};
+    const int64_t* size = i + 1 < wanted ? sizes[i % M3_STEP_LINEARS] : head;
+    weights.push_back({nullptr, size[0], size[1], format_of(formats[i], i)});
+    bytes += m3_packed_tiles(&weights[i]) * m3_packed_tile_bytes(&weights[i]);
   }
-  weights.push_back(packed(tensors[wanted - 1], wanted - 1, p.vocab, p.dim));
+  STD_TORCH_CHECK(data.scalar_type() == ScalarType::Byte && data.dim() == 1 && data.size(0) == bytes &&
+                      data.is_contiguous(),
+                  "weights: expected ", bytes, " bytes (uint8, contiguous), got ",
+                  torch::headeronly::toString(data.scalar_type()), " ", shape_of(data));
+  const uint8_t* at = data.const_data_ptr<uint8_t>();
+  for (M3PackedWeight& weight : weights) {
+    weight.data = at;
+    at += m3_packed_tiles(&weight) * m3_packed_tile_bytes(&weight);
+  }
   return weights;
 }
 
@@ -91,16 +85,16 @@ void memory_args(M3DecodeStepParams& p, RecordArgs& args, const Tensor& kv, cons
 }
 
 std::tuple<Tensor, Tensor> decode_step(const Tensor& tokens, const Tensor& lengths, Tensor k_cache, Tensor v_cache,
-                                       const Tensor& embed, const Tensor& norms, const Tensor& cos, const Tensor& sin,
-                                       std::vector<Tensor> weights, const MaybeTensor& mem_kv,
-                                       const MaybeTensor& mem_slot, const MaybeTensor& mem_len,
-                                       const MaybeTensor& mem_bias, const MaybeTensor& head_map,
+                                       const Tensor& embed, const Tensor& norms, const Tensor& rope,
+                                       const Tensor& weights, const MaybeTensor& mem_kv, const MaybeTensor& mem_slot,
+                                       const MaybeTensor& mem_len, const MaybeTensor& mem_bias,
+                                       const MaybeTensor& head_map, std::string formats, int64_t ffn,
                                        std::vector<int64_t> memory_layers, int64_t heads, int64_t span, double eps,
-                                       double scale, int64_t threads, std::optional<Tensor> profile) {
+                                       double scale, int64_t threads, MaybeTensor profile) {
   M3DecodeStepParams p{};
   expect_shape(k_cache, "k_cache", {-1, -1, -1, -1, -1});
   p.layers = k_cache.size(0), p.batch = k_cache.size(1), p.capacity = k_cache.size(2);
-  p.kv_heads = k_cache.size(3), p.head_dim = k_cache.size(4), p.heads = heads;
+  p.kv_heads = k_cache.size(3), p.head_dim = k_cache.size(4), p.heads = heads, p.ffn = ffn;
   expect_shape(v_cache, "v_cache", {p.layers, p.batch, p.capacity, p.kv_heads, p.head_dim});
   check_cache(k_cache, "k_cache");
   check_cache(v_cache, "v_cache");
@@ -114,22 +108,21 @@ std::tuple<Tensor, Tensor> decode_step(const Tensor& tokens, const Tensor& lengt
                   p.kv_heads, ")");
   expect_shape(norms, "norms", {2 * p.layers + 1, p.dim});
   expect_type(norms, "norms", ScalarType::Float);
-  expect_shape(cos, "cos", {-1, p.head_dim});
-  expect_shape(sin, "sin", {cos.size(0), p.head_dim});
-  expect_type(cos, "cos", ScalarType::Float);
-  expect_type(sin, "sin", ScalarType::Float);
+  expect_shape(rope, "rope", {2, -1, p.head_dim});
+  expect_type(rope, "rope", ScalarType::Float);
   STD_TORCH_CHECK(threads >= 1 && threads <= 256, "threads: expected 1 to 256, got ", threads);
-  const Tensor token = torch::stable::contiguous(tokens), length = index_tensor(lengths, "lengths", {p.batch}),
-               norm = torch::stable::contiguous(norms), cosine = torch::stable::contiguous(cos),
-               sine = torch::stable::contiguous(sin);
-  const std::vector<M3PackedWeight> packed = packed_weights(weights, p);
+  STD_TORCH_CHECK(ffn > 0 && ffn % M3_PACKED_COLS == 0, "ffn: expected a multiple of ", M3_PACKED_COLS, ", got ", ffn);
+  const Tensor token = as_contiguous(tokens), length = index_tensor(lengths, "lengths", {p.batch}),
+               norm = as_contiguous(norms), turn = as_contiguous(rope);
+  const std::vector<M3PackedWeight> packed = packed_weights(weights, formats, p);
   p.tokens = token.const_data_ptr<int64_t>();
   p.lengths = length.const_data_ptr<int32_t>();
   p.embed = static_cast<const uint16_t*>(embed.const_data_ptr());
   p.embed_stride = embed.stride(0);
   p.norms = norm.const_data_ptr<float>();
   p.weights = packed.data();
-  p.cos = cosine.const_data_ptr<float>(), p.sin = sine.const_data_ptr<float>(), p.positions = cos.size(0);
+  p.positions = turn.size(1);
+  p.cos = turn.const_data_ptr<float>(), p.sin = p.cos + p.positions * p.head_dim;
   p.k_cache = static_cast<uint16_t*>(k_cache.mutable_data_ptr());
   p.v_cache = static_cast<uint16_t*>(v_cache.mutable_data_ptr());
   copy_strides(k_cache, p.k_stride, 4);
@@ -143,9 +136,9 @@ std::tuple<Tensor, Tensor> decode_step(const Tensor& tokens, const Tensor& lengt
     expect_type(*profile, "profile", ScalarType::Long);
     p.profile = profile->mutable_data_ptr<int64_t>();
   }
-  Tensor logits = torch::stable::new_empty(tokens, {p.batch, p.vocab}, ScalarType::Float);
-  Tensor mass = torch::stable::new_empty(tokens, {p.batch, p.memory.refs}, ScalarType::Float);
-  Tensor workspace = torch::stable::new_empty(tokens, {m3_decode_step_workspace(&p)}, ScalarType::Byte);
+  Tensor logits = empty_cpu({p.batch, p.vocab}, ScalarType::Float);
+  Tensor mass = empty_cpu({p.batch, p.memory.refs}, ScalarType::Float);
+  Tensor workspace = empty_cpu({m3_decode_step_workspace(&p)}, ScalarType::Byte);
   p.workspace = workspace.mutable_data_ptr();
   p.logits = logits.mutable_data_ptr<float>();
   p.mass = mass.mutable_data_ptr<float>();

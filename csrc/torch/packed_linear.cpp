@@ -36,12 +36,12 @@ Tensor packed_linear(const Tensor& x, const Tensor& weight, std::string format, 
   const int64_t tiles = m3_packed_tiles(&p.weight), bytes = m3_packed_tile_bytes(&p.weight);
   STD_TORCH_CHECK(weight.dim() == 2 && weight.size(0) == tiles && weight.size(1) == bytes, "weight: expected shape [",
                   tiles, ", ", bytes, "] for ", rows, " rows of ", cols, " in ", format, ", got ", shape_of(weight));
-  const Tensor packed = torch::stable::contiguous(weight), rows_of_x = torch::stable::contiguous(x);
+  const Tensor packed = as_contiguous(weight), rows_of_x = as_contiguous(x);
   std::vector<int64_t> shape;
   p.count = 1;
   for (int64_t d = 0; d + 1 < x.dim(); ++d) shape.push_back(x.size(d)), p.count *= x.size(d);
   shape.push_back(rows);
-  Tensor out = torch::stable::new_empty(x, shape, out_dtype);
+  Tensor out = empty_cpu(shape, out_dtype);
   p.weight.data = packed.const_data_ptr<uint8_t>();
   p.out = out.mutable_data_ptr();
   p.x_stride = cols, p.out_stride = rows;
@@ -50,8 +50,8 @@ Tensor packed_linear(const Tensor& x, const Tensor& weight, std::string format, 
   const bool round = type != M3_BF16, add = p.weight.format == M3_WEIGHT_Q4_1;
   Tensor rounded, sums;
   if (round || add) {
-    rounded = torch::stable::new_empty(x, {p.count, cols}, ScalarType::BFloat16);
-    if (add) sums = torch::stable::new_empty(x, {p.count, cols / M3_PACKED_COLS}, ScalarType::Float);
+    rounded = empty_cpu({p.count, cols}, ScalarType::BFloat16);
+    if (add) sums = empty_cpu({p.count, cols / M3_PACKED_COLS}, ScalarType::Float);
     p.sums = add ? sums.mutable_data_ptr<float>() : nullptr;
     p.x = static_cast<const uint16_t*>(rounded.const_data_ptr());
     check(m3_pack_activations(rows_of_x.const_data_ptr(), type, cols, p.count, cols,

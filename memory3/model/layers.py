@@ -64,6 +64,13 @@ class Linear(nn.Module):
         """The packed weight: the low-bit one, or a copy of the dense one in bf16."""
         return self.packed if self.packed is not None else self._copy(lambda: resident(pack_weight(self.weight)))
 
+    def keep(self, weight: PackedWeight) -> None:
+        """Replaces what inference_weight() gave by the same, elsewhere in memory."""
+        if self.packed is not None:
+            self.packed = weight
+        else:
+            self._packed = weight
+
     def _copy(self, make: Callable[[], Tensor | PackedWeight]):
         version = (self.weight.data_ptr(), 0 if self.weight.is_inference() else self.weight._version)
         if self._packed_from != version:

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from memory3_kernels import DECODE_STAGES, decode_step, native_reason
-from memory3_kernels.packed import BLOCK
+from memory3_kernels import DECODE_STAGES, decode_step, native_reason, pages
+from memory3_kernels.packed import BLOCK, join_weights
 
 from ..memory import MemoryRead
 from ..profiling import Profile, active
@@ -37,14 +37,19 @@ class NativeStep:
         for block in reversed(net.blocks):
             linears = [block.qkv, block.out, block.gate_up, block.down, *linears]
         norms = [n.weight for block in net.blocks for n in (block.attn_norm, block.ffn_norm)] + [net.norm.weight]
-        self._weights = [linear.inference_weight().data for linear in linears]
+        packed = [linear.inference_weight() for linear in linears]
+        size = sum(weight.nbytes for weight in packed)
+        self._weights, parts = join_weights(packed, pages.zeros((size,), torch.uint8))
+        for linear, part in zip(linears, parts, strict=True):
+            linear.keep(part)
         # Low-bit weights never change; dense ones may, between two calls.
         self._sources = [linear.weight for linear in linears if linear.packed is None]
         self._sources += norms if self._sources else []
         self._versions = self._seen()
         self._norms = torch.stack([n.detach().float() for n in norms])
-        self._cos, self._sin = net.rope.table(torch.float32, net.embed.device)
-        self._heads, self._eps, self._scale = net.config.n_heads, net.config.norm_eps, net.scale
+        self._rope = torch.stack(net.rope.table(torch.float32, net.embed.device))
+        self._ffn, self._heads = net.config.ffn_dim, net.config.n_heads
+        self._eps, self._scale = net.config.norm_eps, net.scale
         self._profile = torch.zeros(len(DECODE_STAGES), dtype=torch.int64)
 
     def _seen(self) -> list[tuple[int, int]]:
@@ -70,9 +75,9 @@ class NativeStep:
             self._profile.zero_()
         result = decode_step(
             tokens, torch.tensor(cache.lengths, dtype=torch.int32), cache.k, cache.v, embed, self._norms,
-            self._cos, self._sin, self._weights, *memory,
-            memory_layers=() if read is None else memory_layers, heads=self._heads, span=cache.span, eps=self._eps,
-            scale=self._scale, threads=torch.get_num_threads(), profile=None if profile is None else self._profile,
+            self._rope, self._weights, *memory, ffn=self._ffn, memory_layers=() if read is None else memory_layers,
+            heads=self._heads, span=cache.span, eps=self._eps, scale=self._scale, threads=torch.get_num_threads(),
+            profile=None if profile is None else self._profile,
         )  # fmt: skip
         if profile is not None:
             self._report(profile)

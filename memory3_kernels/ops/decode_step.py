@@ -7,65 +7,64 @@ packed_linear.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 
 from .._registry import BadCase, Case, Cost, Op, register
-from ..packed import BLOCK, FORMATS, TILE, pack_weight, tile_bytes, unpack_weight
+from ..packed import BLOCK, FORMATS, LETTERS, TILE, PackedWeights, join_weights, pack_weight, tile_bytes, unpack_weight
 from . import memory_decode as attention
 from ._attention_args import check_head_map, check_slot_values
 from ._checks import check_range, expect_dtype, expect_shape, expect_unit_stride
 
 SCHEMA = (
-    "(Tensor tokens, Tensor lengths, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor embed, Tensor norms, Tensor cos, "
-    "Tensor sin, Tensor[] weights, Tensor? mem_kv=None, Tensor? mem_slot=None, Tensor? mem_len=None, "
-    "Tensor? mem_bias=None, Tensor? head_map=None, *, int[] memory_layers, int heads, int span, float eps, "
-    "float scale, int threads, Tensor(c!)? profile=None) -> (Tensor, Tensor)"
+    "(Tensor tokens, Tensor lengths, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor embed, Tensor norms, Tensor rope, "
+    "Tensor weights, Tensor? mem_kv=None, Tensor? mem_slot=None, Tensor? mem_len=None, Tensor? mem_bias=None, "
+    "Tensor? head_map=None, *, str formats, int ffn, int[] memory_layers, int heads, int span, float eps, float scale, "
+    "int threads, Tensor(c!)? profile=None) -> (Tensor, Tensor)"
 )
 STAGES = ("embed", "norm", "linear", "attention", "ffn", "head", "wait")
 PER_LAYER = 4  # packed weights: queries, keys and values; output; gate and up; down
 
 
-def _weight_shapes(weights: Sequence[Tensor], k_cache: Tensor, vocab: int, dim: int, heads: int):
+def _weight_shapes(layers: int, heads: int, kv_heads: int, head_dim: int, width: int, ffn: int, vocab: int):
     """(rows, cols) of every packed weight."""
-    layers, _, _, kv_heads, head_dim = k_cache.shape
-    torch._check(
-        len(weights) == PER_LAYER * layers + 1,
-        lambda: f"weights: expected {PER_LAYER * layers + 1}, four per layer and the head, got {len(weights)}",
-    )
-    ffn = BLOCK
-    if layers:
-        gate_up = weights[2]
-        torch._check(
-            gate_up.dim() == 2 and gate_up.shape[0] > 0 and gate_up.shape[0] % 4 == 0,
-            lambda: (
-                f"weights[2]: expected gate and up of a multiple of 32 rows each, packed, got {list(gate_up.shape)}"
-            ),
-        )
-        ffn = gate_up.shape[0] * TILE // 2
     wide = heads * head_dim
-    layer = [(wide + 2 * kv_heads * head_dim, dim), (dim, wide), (2 * ffn, dim), (dim, ffn)]
-    return [*layer * layers, (vocab, dim)]
+    layer = [(wide + 2 * kv_heads * head_dim, width), (width, wide), (2 * ffn, width), (width, ffn)]
+    return [*layer * layers, (vocab, width)]
 
 
-def _format(weight: Tensor, index: int, rows: int, cols: int) -> str:
-    """A packed weight names its format by the bytes of its tiles."""
-    if weight.dtype is torch.uint8 and weight.dim() == 2 and weight.shape[0] == -(-rows // TILE):
-        for name in FORMATS:
-            if weight.shape[1] == tile_bytes(cols, name) and weight.is_contiguous():
-                return name
-    raise RuntimeError(
-        f"weights[{index}]: expected {rows} rows of {cols} packed by pack_weight (uint8, contiguous), "
-        f"got {weight.dtype} {list(weight.shape)}"
+def _check_weights(weights: Tensor, formats: str, shapes: Sequence[tuple[int, int]]) -> list[tuple[int, int, str]]:
+    """Rows, columns and format of every packed weight."""
+    torch._check(
+        len(formats) == len(shapes),
+        lambda: f"formats: expected {len(shapes)} letters, four per layer and the head, got {len(formats)}",
     )
+    names = {letter: name for name, letter in LETTERS.items()}
+    strange = [i for i, letter in enumerate(formats) if letter not in names]
+    torch._check(
+        not strange,
+        lambda: f"formats[{strange[0]}]: expected one of {', '.join(names)}, got {formats[strange[0]]}",
+    )
+    found = [(rows, cols, names[letter]) for (rows, cols), letter in zip(shapes, formats, strict=True)]
+    size = sum(_weight_bytes(*one) for one in found)
+    torch._check(
+        weights.dtype is torch.uint8 and weights.dim() == 1 and weights.shape[0] == size and weights.is_contiguous(),
+        lambda: f"weights: expected {size} bytes (uint8, contiguous), got {weights.dtype} {list(weights.shape)}",
+    )
+    return found
+
+
+def _weight_bytes(rows: int, cols: int, format: str) -> int:
+    return -(-rows // TILE) * tile_bytes(cols, format)
 
 
 def _check(
-    tokens, lengths, k_cache, v_cache, embed, norms, cos, sin, weights, mem_kv, mem_slot, mem_len, mem_bias, head_map,
-    memory_layers, heads, threads, profile,
-) -> list[tuple[str, int, int]]:  # fmt: skip
-    """Shapes and dtypes; format, rows and columns of every weight."""
+    tokens, lengths, k_cache, v_cache, embed, norms, rope, weights, mem_kv, mem_slot, mem_len, mem_bias, head_map,
+    formats, ffn, memory_layers, heads, threads, profile,
+) -> list[tuple[int, int, str]]:  # fmt: skip
+    """Shapes and dtypes; rows, columns and format of every weight."""
     expect_shape("k_cache", k_cache, -1, -1, -1, -1, -1)
     layers, batch, _, kv_heads, dim = k_cache.shape
     wide = k_cache.dtype is torch.float64
@@ -85,15 +84,12 @@ def _check(
         lambda: f"embed: expected a multiple of {BLOCK} columns, got {width} ({heads} heads of {kv_heads})",
     )
     expect_shape("norms", norms, 2 * layers + 1, width)
-    expect_shape("cos", cos, -1, dim)
-    expect_shape("sin", sin, cos.shape[0], dim)
-    for name, tensor in (("norms", norms), ("cos", cos), ("sin", sin)):
+    expect_shape("rope", rope, 2, -1, dim)
+    for name, tensor in (("norms", norms), ("rope", rope)):
         expect_dtype(name, tensor, exact)
     torch._check(1 <= threads <= 256, lambda: f"threads: expected 1 to 256, got {threads}")
-    shapes = _weight_shapes(weights, k_cache, vocab, width, heads)
-    found = [
-        (_format(w, i, rows, cols), rows, cols) for i, (w, (rows, cols)) in enumerate(zip(weights, shapes, strict=True))
-    ]
+    torch._check(ffn > 0 and ffn % BLOCK == 0, lambda: f"ffn: expected a multiple of {BLOCK}, got {ffn}")
+    found = _check_weights(weights, formats, _weight_shapes(layers, heads, kv_heads, dim, width, ffn, vocab))
     if mem_kv is not None:
         torch._check(
             mem_slot is not None and mem_len is not None,
@@ -140,22 +136,22 @@ def _results(tokens: Tensor, embed: Tensor, mem_kv: Tensor | None, mem_slot: Ten
 
 
 def fake(
-    tokens, lengths, k_cache, v_cache, embed, norms, cos, sin, weights, mem_kv=None, mem_slot=None, mem_len=None,
-    mem_bias=None, head_map=None, *, memory_layers, heads, span, eps, scale, threads, profile=None,
+    tokens, lengths, k_cache, v_cache, embed, norms, rope, weights, mem_kv=None, mem_slot=None, mem_len=None,
+    mem_bias=None, head_map=None, *, formats, ffn, memory_layers, heads, span, eps, scale, threads, profile=None,
 ):  # fmt: skip
-    _check(tokens, lengths, k_cache, v_cache, embed, norms, cos, sin, weights, mem_kv, mem_slot, mem_len, mem_bias,
-           head_map, memory_layers, heads, threads, profile)  # fmt: skip
+    _check(tokens, lengths, k_cache, v_cache, embed, norms, rope, weights, mem_kv, mem_slot, mem_len, mem_bias,
+           head_map, formats, ffn, memory_layers, heads, threads, profile)  # fmt: skip
     return _results(tokens, embed, mem_kv, mem_slot)
 
 
-def _check_values(tokens, lengths, k_cache, embed, cos, mem_kv, mem_slot, mem_len, head_map, memory_layers, span):
+def _check_values(tokens, lengths, k_cache, embed, rope, mem_kv, mem_slot, mem_len, head_map, memory_layers, span):
     check_range("tokens", tokens, 0, embed.shape[0] - 1)
     for b, length in enumerate(lengths.tolist()):
         if not 0 <= length < k_cache.shape[2]:
             raise RuntimeError(f"lengths[{b}]: expected 0..{k_cache.shape[2] - 1}, the cache's last row, got {length}")
-        if not 0 <= length + span < cos.shape[0]:
+        if not 0 <= length + span < rope.shape[1]:
             raise RuntimeError(
-                f"lengths[{b}]: expected a position below {cos.shape[0]}, the rows of cos, got {length} + span {span}"
+                f"lengths[{b}]: expected a position below {rope.shape[1]}, the rows of rope, got {length} + span {span}"
             )
     if mem_kv is None:
         return
@@ -168,20 +164,23 @@ def _check_values(tokens, lengths, k_cache, embed, cos, mem_kv, mem_slot, mem_le
 
 
 def reference(
-    tokens, lengths, k_cache, v_cache, embed, norms, cos, sin, weights, mem_kv=None, mem_slot=None, mem_len=None,
-    mem_bias=None, head_map=None, *, memory_layers, heads, span, eps, scale, threads, profile=None,
+    tokens, lengths, k_cache, v_cache, embed, norms, rope, weights, mem_kv=None, mem_slot=None, mem_len=None,
+    mem_bias=None, head_map=None, *, formats, ffn, memory_layers, heads, span, eps, scale, threads, profile=None,
 ):  # fmt: skip
-    formats = _check(tokens, lengths, k_cache, v_cache, embed, norms, cos, sin, weights, mem_kv, mem_slot, mem_len,
-                     mem_bias, head_map, memory_layers, heads, threads, profile)  # fmt: skip
-    _check_values(tokens, lengths, k_cache, embed, cos, mem_kv, mem_slot, mem_len, head_map, memory_layers, span)
+    shapes = _check(tokens, lengths, k_cache, v_cache, embed, norms, rope, weights, mem_kv, mem_slot, mem_len,
+                    mem_bias, head_map, formats, ffn, memory_layers, heads, threads, profile)  # fmt: skip
+    _check_values(tokens, lengths, k_cache, embed, rope, mem_kv, mem_slot, mem_len, head_map, memory_layers, span)
     layers, batch, capacity, kv_heads, dim = k_cache.shape
     exact, element = norms.dtype, k_cache.dtype
     logits, mass = _results(tokens, embed, mem_kv, mem_slot)
     mass.zero_()
 
+    begins = [0, *accumulate(_weight_bytes(*shape) for shape in shapes)]
+
     def linear(x: Tensor, index: int) -> Tensor:
-        format, rows, cols = formats[index]
-        return x.to(element).to(exact) @ unpack_weight(weights[index], rows, cols, format, exact).T
+        rows, cols, format = shapes[index]
+        packed = weights[begins[index] : begins[index + 1]].view(-1, tile_bytes(cols, format))
+        return x.to(element).to(exact) @ unpack_weight(packed, rows, cols, format, exact).T
 
     def norm(x: Tensor, index: int) -> Tensor:
         return x * (x.square().mean(-1, keepdim=True) + eps).rsqrt() * norms[index]
@@ -190,7 +189,7 @@ def reference(
         return x * turn[0] + x.roll(dim // 2, -1) * turn[1]
 
     at = lengths.long()
-    turn = cos[at + span].unsqueeze(1), sin[at + span].unsqueeze(1)
+    turn = rope[:, at + span].unsqueeze(2)
     new = torch.arange(batch)
     cu = torch.arange(batch + 1, dtype=torch.int32)
     x = embed[tokens].to(exact)
@@ -231,17 +230,18 @@ def _sample(batch, layers=2, heads=4, kv_heads=2, dim=16, width=64, ffn=96, voca
         wide = heads * dim
         shapes = [(wide + 2 * kv_heads * dim, width), (width, wide), (2 * ffn, width), (width, ffn)] * layers
         formats = [format] * len(shapes) + ["q8_0" if format == "q4_1" else format]
-        weights = [
-            pack_weight(draw(rows, cols, factor=cols**-0.5, to=torch.float32), name).data
+        weights, _ = join_weights([
+            pack_weight(draw(rows, cols, factor=cols**-0.5, to=torch.float32), name)
             for name, (rows, cols) in zip(formats, [*shapes, (vocab, width)], strict=True)
-        ]
+        ])  # fmt: skip
         have = [(7 * b + 5) % capacity for b in range(batch)] if lengths is None else lengths
         angle = torch.outer(torch.arange(capacity + span), 50.0 ** -(torch.arange(dim // 2) * 2 / dim)).to(exact)
         args = [
             torch.randint(0, vocab, (batch,), generator=generator), torch.tensor(have, dtype=torch.int32),
             draw(layers, batch, capacity, kv_heads, dim), draw(layers, batch, capacity, kv_heads, dim),
             draw(vocab, width), 1 + draw(2 * layers + 1, width, factor=0.1, to=exact),
-            torch.cat((angle.cos(), angle.cos()), -1), torch.cat((-angle.sin(), angle.sin()), -1), weights,
+            torch.stack((torch.cat((angle.cos(), angle.cos()), -1), torch.cat((-angle.sin(), angle.sin()), -1))),
+            weights.data,
         ]  # fmt: skip
         if memory:
             held = 1 if mapped else kv_heads
@@ -251,7 +251,7 @@ def _sample(batch, layers=2, heads=4, kv_heads=2, dim=16, width=64, ffn=96, voca
             args += [torch.randint(-1, 1, (len(memory), kv_heads), generator=generator, dtype=torch.int32)
                      if mapped else None]  # fmt: skip
         kwargs = {"memory_layers": list(memory), "heads": heads, "span": span, "eps": 1e-5, "scale": dim**-0.5}
-        return tuple(args), {**kwargs, "threads": threads}
+        return tuple(args), {**kwargs, "formats": weights.formats, "ffn": ffn, "threads": threads}
 
     return make
 
@@ -299,11 +299,17 @@ def bad_cases():
     yield BadCase("v-cache", broken({3: lambda t: t[:, :, 1:]}), r"v_cache: expected shape \[2, 2, 24, 2, 16\]")
     yield BadCase("width", broken({4: lambda t: t[:, :40]}), "embed: expected a multiple of 32 columns, got 40")
     yield BadCase("norms", broken({5: lambda t: t[1:]}), r"norms: expected shape \[5, 64\], got \[4, 64\]")
-    yield BadCase("weights", broken({8: lambda w: w[1:]}), "weights: expected 9, four per layer and the head, got 8")
-    yield BadCase("weight", broken({8: lambda w: [*w[:3], w[0], *w[4:]]}), r"weights\[3\]: expected 64 rows of 96")
-    yield BadCase("heads", broken(heads=6), r"weights\[0\]: expected 160 rows of 64")
+    yield BadCase("rope", broken({6: lambda t: t[:1]}), r"rope: expected shape \[2, \*, 16\], got \[1, 24, 16\]")
+    yield BadCase("weights", broken({7: lambda w: w[64:]}), r"weights: expected 131072 bytes .*\[131008\]")
+    yield BadCase("weights-dtype", broken({7: lambda w: w.char()}), "weights: expected 131072 bytes .uint8")
+    yield BadCase(
+        "formats", broken(formats="bbbbbbbb"), "formats: expected 9 letters, four per layer and the head, got 8"
+    )
+    yield BadCase("format", broken(formats="bbb?bbbbb"), r"formats\[3\]: expected one of b, 8, 4, got \?")
+    yield BadCase("ffn", broken(ffn=90), "ffn: expected a multiple of 32, got 90")
+    yield BadCase("heads", broken(heads=6), "weights: expected .* bytes")
     yield BadCase("threads", broken(threads=0), "threads: expected 1 to 256, got 0")
-    yield BadCase("slot-missing", broken({10: is_(None)}), "mem_kv: expected mem_slot and mem_len with it, got None")
+    yield BadCase("slot-missing", broken({9: is_(None)}), "mem_kv: expected mem_slot and mem_len with it, got None")
     yield BadCase("layers", broken(memory_layers=[0, 1]), r"mem_kv: expected shape \[\*, 2, 2, \*, \*, 16\]")
     yield BadCase("profile", broken(profile=torch.zeros(3, dtype=torch.int64)), r"profile: expected shape \[7\]")
     high = torch.tensor([1, 50])
@@ -315,17 +321,18 @@ def bad_cases():
                   fake=False)  # fmt: skip
     yield BadCase("memory-layer", broken(memory_layers=[2]), r"memory_layers\[0\]: .* below 2, got 2", fake=False)
     slot = is_(torch.tensor([[0, 1], [4, 0]], dtype=torch.int32))
-    yield BadCase("slot", broken({10: slot}), r"mem_slot\[1, 0\]: expected -1 or a slot below 4, got 4", fake=False)
+    yield BadCase("slot", broken({9: slot}), r"mem_slot\[1, 0\]: expected -1 or a slot below 4, got 4", fake=False)
 
 
 def cost(
-    tokens, lengths, k_cache, v_cache, embed, norms, cos, sin, weights, mem_kv=None, mem_slot=None, mem_len=None,
-    mem_bias=None, head_map=None, *, memory_layers, heads, span, eps, scale, threads, profile=None,
+    tokens, lengths, k_cache, v_cache, embed, norms, rope, weights, mem_kv=None, mem_slot=None, mem_len=None,
+    mem_bias=None, head_map=None, *, formats, ffn, memory_layers, heads, span, eps, scale, threads, profile=None,
 ) -> Cost:  # fmt: skip
     layers, batch, _, kv_heads, dim = k_cache.shape
     rows = int(lengths.sum()) + batch
-    parameters = sum(r * c for r, c in _weight_shapes(weights, k_cache, *embed.shape, heads))
-    moved = sum(w.nbytes for w in weights) + 2 * layers * rows * kv_heads * dim * k_cache.element_size()
+    vocab, width = embed.shape
+    parameters = sum(r * c for r, c in _weight_shapes(layers, heads, kv_heads, dim, width, ffn, vocab))
+    moved = weights.nbytes + 2 * layers * rows * kv_heads * dim * k_cache.element_size()
     moved += batch * embed.shape[0] * 4 + norms.nbytes
     flops = 2 * batch * parameters + 4 * layers * rows * heads * dim
     if mem_kv is not None:
@@ -358,15 +365,15 @@ def decode_step(
     v_cache: Tensor,
     embed: Tensor,
     norms: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    weights: Sequence[Tensor],
+    rope: Tensor,
+    weights: PackedWeights,
     mem_kv: Tensor | None = None,
     mem_slot: Tensor | None = None,
     mem_len: Tensor | None = None,
     mem_bias: Tensor | None = None,
     head_map: Tensor | None = None,
     *,
+    ffn: int,
     memory_layers: Sequence[int] = (),
     heads: int,
     span: int = 0,
@@ -387,12 +394,12 @@ def decode_step(
         k_cache, v_cache: bfloat16 [L, B, N, Hkv, D], any strides but the last; changed in place.
         embed: bfloat16 [V, C]; C a multiple of 32.
         norms: float32 [2 L + 1, C]: per layer before attention and before the feed-forward, then before the head.
-        cos, sin: float32 [positions, D]; sin carries the sign: x cos + swap_halves(x) sin rotates.
-        weights: the data of packed weights (PackedWeight.data): per layer queries, keys and values [(H + 2 Hkv) D, C],
-            output [C, H D], gate and up [2 F, C], down [C, F], F a multiple of 32; then the head [V, C]. Any mixture
-            of formats.
+        rope: float32 [2, positions, D], cos and sin, which carries the sign: x cos + swap_halves(x) sin rotates.
+        weights: packed weights end to end (`join_weights`): per layer queries, keys and values [(H + 2 Hkv) D, C],
+            output [C, H D], gate and up [2 F, C], down [C, F]; then the head [V, C]. Any mixture of formats.
         mem_kv: bfloat16 [S, Lm, 2, Hm, K, D], records of the memory layers, or None: no memory.
         mem_slot, mem_len, mem_bias, head_map: as in memory_decode, but for bias [S, Lm, Hm, K] and head_map [Lm, Hkv].
+        ffn: F, a multiple of 32.
         memory_layers: the Lm layers that read records, ascending.
         heads: query heads.
         eps: of the norms. scale: factor on q . k, usually D ** -0.5.
@@ -408,6 +415,6 @@ def decode_step(
         RuntimeError: shapes or dtypes do not match, an input requires a gradient, or (CPU) a value of an index tensor
             is out of its range; nothing is written then.
     """
-    return OP(tokens, lengths, k_cache, v_cache, embed, norms, cos, sin, weights, mem_kv, mem_slot, mem_len, mem_bias,
-              head_map, memory_layers=memory_layers, heads=heads, span=span, eps=eps, scale=scale, threads=threads,
-              profile=profile)  # fmt: skip
+    return OP(tokens, lengths, k_cache, v_cache, embed, norms, rope, weights.data, mem_kv, mem_slot, mem_len, mem_bias,
+              head_map, formats=weights.formats, ffn=ffn, memory_layers=memory_layers, heads=heads, span=span, eps=eps,
+              scale=scale, threads=threads, profile=profile)  # fmt: skip
