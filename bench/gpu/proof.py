@@ -37,6 +37,7 @@ from simt import sources  # noqa: E402
 PTX_TESTS = tuple(f"tests/gpu/test_cuda_{name}.py" for name in ("ptx", "attention", "decode", "records"))
 CONTRACTS = ("memory3_kernels/_registry.py", "memory3_kernels/testing/compare.py", "tests/test_ops.py")
 CALLS = tuple(f"tests/simt/{name}.py" for name in ("__init__", "build", "host", "*cases", "fuzz"))
+SCHEDULES = ("tests/simt/record_cases.py", "tests/simt/schedules.py")
 LIMITS = ("memory3_kernels/testing/cuda_limits.py", "memory3_kernels/testing/triton_limits.py")
 NVCC, PTX = ("tests/simt/nvcc.py",), ("tests/simt/ptx.py", "memory3_kernels/testing/triton_ptx.py", LIMITS[0])
 TRITON = ("memory3_kernels/triton/*.py", "memory3_kernels/testing/triton_[ip]*.py", LIMITS[0])
@@ -88,7 +89,7 @@ STAGES = {
         Stage("fuzz", ("tests/gpu/fuzzed.py",), "random calls on the SIMT host, sanitized",
               (sources.host, sources.contract, *CALLS, *CONTRACTS), _sanitized),
         Stage("ptx", PTX_TESTS, "nvcc's PTX in the PTX interpreter: results, hazards, traffic",
-              (sources.host, sources.contract, *NVCC, *PTX, *CALLS, *CONTRACTS)),
+              (sources.host, sources.contract, *NVCC, *PTX, *CALLS, *SCHEDULES, *CONTRACTS)),
         Stage("fuzz-ptx", ("tests/gpu/fuzzed.py",), "random calls in the PTX interpreter",
               (sources.host, sources.contract, *NVCC, *PTX, *CALLS, *CONTRACTS)),
         Stage("triton-interpreter", ("tests/gpu/interpreter_rules.py", "tests/gpu/interpreted.py"),
@@ -96,8 +97,8 @@ STAGES = {
               (sources.contract, *TRITON, *CONTRACTS), lambda: {"TRITON_INTERPRET": "1"}),
         Stage("triton-compile", ("tests/gpu/test_triton_compile.py",), "Triton kernels compiled per arch: resources",
               (sources.contract, *TRITON, *LIMITS, *CONTRACTS)),
-        Stage("triton-ptx", ("tests/gpu/test_triton_ptx.py",), "Triton's PTX in the PTX interpreter",
-              (sources.contract, *TRITON, *CONTRACTS)),
+        Stage("triton-ptx", ("tests/gpu/test_triton_ptx.py",), "Triton's PTX in the PTX interpreter: results, hazards, traffic",
+              (sources.contract, *TRITON, *LIMITS, *SCHEDULES, *CONTRACTS)),
         Stage("bugs", ("tests/gpu/test_planted_bugs.py",), "planted bugs, each found by its stage",
               (sources.host, sources.contract, *NVCC, *PTX, *CALLS, *BUGS, *CONTRACTS)),
     )

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
 from .cuda_limits import ASYNC_COPY, LOCAL, REGISTER_FILE
 
 TENSOR_CORE = "(HMMA|HGMMA|UTC.*MMA)"
@@ -35,6 +37,30 @@ class Limits:
     def registers(self) -> int:
         """Per thread; hardware hands them out by eight."""
         return min(255, REGISTER_FILE // (32 * self.warps) // 8 * 8)
+
+
+# Bytes of stack per thread in float32, which is for tests and comparisons: products take three operands of twice the
+# size, no tile of tensor cores is smaller than the 16 x 16 that it has, and for one more block per multiprocessor ptxas
+# keeps up to eight values in local memory.
+FLOAT32_STACK = 32
+
+
+def asked(kernel: str, dtype: torch.dtype) -> tuple[int, tuple[str, ...], tuple[str, ...]]:
+    """(bytes of stack let pass, what must be there, what must not) of a kernel in a type. Float32 decodes without
+    tensor cores, and its tiles are too small for copies that run ahead."""
+    limits = LIMITS[kernel]
+    if dtype is torch.float32:
+        return FLOAT32_STACK, (), tuple(pattern for pattern in limits.absent if pattern != LOCAL)
+    return 0, limits.present, limits.absent
+
+
+# What the PTX interpreter counts, for every kernel. Bytes a call moves, each once per launch, against its compulsory
+# ones, or sectors asked for, against those of its tile schedule; bytes used of the sectors that carry the streamed
+# operands; passes through shared memory, against those that the bytes need.
+MOVED, EFFICIENCY, PASSES = 1.15, 0.9, 1.1
+# The rotation of coded vectors is a product in float32, whose operands Triton does not exchange in shared memory: up to
+# four lanes meet in one bank. The tables' entries, read through the caches, are some ten times as many bytes.
+ROTATION_PASSES = 4.0
 
 
 _ATTENTION = (TENSOR_CORE, ASYNC_COPY, WIDE_LOAD)

@@ -49,10 +49,10 @@ class Figures:
     threads: int
     opcodes: dict[str, int] = field(default_factory=dict)  # SASS, by the whole name
 
-    def faults(self) -> list[str]:
-        """Reasons why this kernel would not run, or not well, on its architecture."""
+    def faults(self, stack: int = 0) -> list[str]:
+        """Reasons why this kernel would not run, or not well, on its architecture; `stack`: bytes that are let pass."""
         found = []
-        if self.spills or self.stack:
+        if self.spills or self.stack > stack:
             found.append(f"{self.spills} bytes of local memory and {self.stack} of stack per thread")
         if self.shared > SHARED_LIMIT[self.arch]:
             found.append(f"{self.shared} bytes of shared memory, at most {SHARED_LIMIT[self.arch]}")

@@ -54,16 +54,17 @@ def decode_tile(sequences: int, kv_heads: int, group: int, max_q: int, max_kv: i
 
     Rows: the group and the new tokens packed, padded to the 16 of mma; at most 64, as accumulators of 64 x 256 floats
     take 128 registers per thread of 4 warps. Tokens: 16 KiB each of keys and values in 2 stages are 64 KiB: two
-    programs on an sm_80 multiprocessor, one on sm_86, 89 and 120 (99 KiB).
+    programs on an sm_80 multiprocessor, one on sm_86, 89 and 120 (99 KiB); half for float32, whose exact products keep
+    operands in registers.
     """
-    rows = min(power_of_two(group * max_q, 16), 64)
-    tokens = max(16, min(64, 16384 // (power_of_two(dim, 16) * element_size)))
+    rows, row = min(power_of_two(group * max_q, 16), 64), power_of_two(dim, 16) * element_size
+    tokens = max(16, min(64, 16384 // row) // (element_size // 2))
     blocks = -(-group * max_q // rows)
     programs = max(1, sequences * kv_heads * blocks)
     wanted = -(-PROGRAMS // programs)
     splits = max(1, min(wanted, max_kv // MIN_SPLIT, MAX_SPLITS))
-    # Accumulators and keys of 256 values spill with 4 warps.
-    return DecodeTile(rows, tokens, splits, warps=8 if dim > 128 else 4, stages=2)
+    # Accumulators and keys in rows of 512 bytes and more spill with 4 warps.
+    return DecodeTile(rows, tokens, splits, warps=8 if row > 256 else 4, stages=2)
 
 
 class PrefillTile(NamedTuple):
@@ -74,7 +75,7 @@ class PrefillTile(NamedTuple):
 
 
 # (M, N) of prefill_tile by the power of two above the head dim, up to: for 2 bytes an element, and for 4.
-PREFILL_TILES = {64: ((128, 64), (32, 32)), 128: ((128, 32), (32, 16)), 256: ((64, 32), (16, 16))}
+PREFILL_TILES = {64: ((128, 64), (32, 32)), 128: ((128, 32), (16, 16)), 256: ((64, 32), (16, 16))}
 
 
 def prefill_tile(packed_rows: int, dim: int, element_size: int) -> PrefillTile:
@@ -109,13 +110,14 @@ def select_tile(keys: int, dim: int, element_size: int) -> SelectTile:
     All keys of a reference in one tile up to 64 KiB, beside the query tiles' 2 x 16 KiB within the 99 KiB of sm_86;
     else 32 KiB. Scores and column sums, up to three float32 tiles of M x N values, are 96 registers of 256 threads:
     there is one program per (reference, KV head), often fewer than multiprocessors, so that it takes 8 warps of each.
-    Half of all that for float32, whose products in three parts have operands of twice the size.
+    Half the keys and a quarter of the rows for float32, whose products in three parts have operands of twice the size,
+    twice.
     """
     row, part = power_of_two(dim, 16) * element_size, element_size // 2
     wanted = power_of_two(max(keys, 1), 16)
     whole = wanted <= 256 and wanted * row <= 65536 // part
     tile = wanted if whole else min(wanted, 128, max(16, 32768 // part // row))
-    return SelectTile(rows=max(16, min(64, 8192 // tile) // part), keys=tile, whole=whole, warps=8, stages=2)
+    return SelectTile(rows=max(16, min(64, 8192 // tile) // part**2), keys=tile, whole=whole, warps=8, stages=2)
 
 
 class GradientTile(NamedTuple):
@@ -140,9 +142,11 @@ def query_gradient_tile(packed_rows: int, dim: int, element_size: int) -> Gradie
 
 def key_gradient_tile(tokens: int, dim: int, element_size: int) -> GradientTile:
     """Tiles of dk and dv, of context or of one record: 2 N x DP accumulators beside the fragments of k and v. Four
-    warps up to 4096 values, 64 accumulators per thread, else eight. Against 16 tokens rows come by 16: with 32 the
-    record kernel lies a few registers above 128, and ptxas spills them so that four programs share a multiprocessor."""
+    warps up to 4096 values, 64 accumulators per thread, else eight, as for float32 beyond 64. Against 16 tokens rows
+    come by 16: with 32 the record kernel lies a few registers above 128, and ptxas spills them so that four programs
+    share a multiprocessor."""
     width = max(64, power_of_two(dim))
     rows, most = (16, 32 if width == 64 else 16) if element_size == 4 else KEY_GRADIENT_TILES[width]
     taken = min(most, power_of_two(tokens, 16))
-    return GradientTile(min(rows, taken), taken, warps=8 if taken * width > 4096 else 4, stages=2)
+    wide = taken * width > 4096 or (element_size == 4 and width > 64)
+    return GradientTile(min(rows, taken), taken, warps=8 if wide else 4, stages=2)

@@ -2,7 +2,8 @@
 
 Run by test_triton_interpreter.py in a process of its own, as the interpreter is chosen when a kernel is imported:
     TRITON_INTERPRET=1 python -m pytest tests/gpu/interpreted.py
-By default every case once, in one type after the other, and some of them on strided views; M3_PROOF=full: everything.
+By default every case once, in one type after the other, and some of them on strided views; M3_PROOF=full: every case in
+every type, and on strided views in one.
 """
 
 from __future__ import annotations
@@ -27,10 +28,10 @@ FULL = os.environ.get("M3_PROOF") == "full"
 LONG = ("received-N2_T40_H6-2_D64_K8", "exp-N2_T40_H6-2_D64_K8", "causal-group5_T70_D80", "received-twins_T32")
 
 
-def grid(every: int = 1, gradients: bool = False) -> list:
-    """(op, case, type); without M3_PROOF=full one type per case, by turns, and of each op one case in `every`."""
+def grid(every: int = 1, gradients: bool = False, types: bool = False) -> list:
+    """(op, case, type): of each op one case in `every`, in one type by turns, or in all `types`."""
     found = [p for p in test_ops.grid(gradients=gradients) if triton.has_kernel(p.values[0].name)]
-    if FULL:
+    if types:
         return found
     cases: dict[tuple, list] = {}
     for p in found:
@@ -44,7 +45,7 @@ def forced():
         yield
 
 
-@pytest.mark.parametrize("op, case, dtype", grid())
+@pytest.mark.parametrize("op, case, dtype", grid(types=FULL))
 def test_matches_reference(op, case, dtype):
     args, kwargs = test_ops.make(case, dtype)
     before = test_ops.clone(args)
@@ -55,7 +56,7 @@ def test_matches_reference(op, case, dtype):
             assert torch.equal(a.nan_to_num(), b.nan_to_num()), f"{op.name} wrote to argument {i}"
 
 
-@pytest.mark.parametrize("op, case, dtype", grid(every=4))
+@pytest.mark.parametrize("op, case, dtype", grid(every=1 if FULL else 4))
 def test_strided_views(op, case, dtype):
     args, kwargs = test_ops.make(case, dtype)
     before = test_ops.clone(args)
@@ -71,7 +72,7 @@ def test_repeats_bit_for_bit(op, case, dtype):
         assert torch.equal(a.nan_to_num(7.0), b.nan_to_num(7.0))
 
 
-@pytest.mark.parametrize("op, case, dtype", grid(gradients=True))
+@pytest.mark.parametrize("op, case, dtype", grid(gradients=True, types=FULL))
 def test_gradients_match_reference(op, case, dtype):
     args, kwargs = test_ops.make(case, dtype)
     actual = test_ops.gradients(op, args, kwargs, case.grad)
@@ -90,7 +91,7 @@ def test_refuses_bad_arguments(op, bad, monkeypatch):
         op(*args, **kwargs)
 
 
-@pytest.mark.parametrize("op, case, dtype", [p for p in grid() if p.values[1].id in LONG])
+@pytest.mark.parametrize("op, case, dtype", [p for p in grid(types=FULL) if p.values[1].id in LONG])
 def test_select_tokens_in_two_passes(op, case, dtype, monkeypatch):
     """References longer than a tile of keys: as if a tile had 16."""
     tile = _heuristics.SelectTile(rows=64, keys=16, whole=False, warps=8, stages=2)

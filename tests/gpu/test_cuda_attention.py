@@ -7,7 +7,7 @@ import os
 
 import pytest
 import torch
-from simt import build, host, ptx
+from simt import build, host, ptx, schedules
 from test_cuda_ptx import assert_few_conflicts
 
 from memory3_kernels._registry import OPS
@@ -33,56 +33,6 @@ def interpreter():
         pytest.skip(ptx.missing())
 
 
-def pairs(cu: torch.Tensor) -> list[tuple[int, int]]:
-    cu = cu.tolist()
-    return list(zip(cu[:-1], cu[1:], strict=True))
-
-
-def last_rows(rows: int, group: int, block: int) -> list[int]:
-    """The last row of each block of query vectors of a chunk."""
-    return [min(at + block, rows * group) - 1 for at in range(0, rows * group, block)]
-
-
-def tokens_read(cu_q, cu_k, cu_chunk, mem_slot, mem_len, group: int, block: int) -> int:
-    """Per KV head: the memory tokens and keys that blocks of query vectors read, block by block."""
-    total = 0
-    for c, (first, end) in enumerate(pairs(cu_chunk)):
-        b = next(b for b, (_, last) in enumerate(pairs(cu_q)) if last > first)
-        before = (cu_k[b + 1] - cu_k[b] - (cu_q[b + 1] - first)).item()  # keys before the chunk's first row
-        memory = sum(mem_len[s].item() for s in mem_slot[c].tolist() if s >= 0)
-        total += sum(memory + before + v // group + 1 for v in last_rows(end - first, group, block))
-    return total
-
-
-def forward_bytes(args) -> int:
-    q, k, _, cu_q, cu_k, cu_chunk, _, _, mem_slot, mem_len, *_ = args
-    group = q.shape[1] // k.shape[1]
-    read = tokens_read(cu_q, cu_k, cu_chunk, mem_slot, mem_len, group, FORWARD_VECTORS)
-    tiles = read * k.shape[1] * 2 * q.shape[2] * q.element_size()
-    return tiles + 2 * q.nbytes + 4 * q.shape[0] * q.shape[1] * (1 + mem_slot.shape[1])
-
-
-def backward_bytes(args) -> int:
-    q, k, _, cu_q, cu_k, cu_chunk, _, _, mem_slot, mem_len, *_ = args
-    vectors, kv_heads, row = q.shape[0] * q.shape[1], k.shape[1], q.shape[2] * q.element_size()
-    group = q.shape[1] // kv_heads
-    # grad_q: q, grad_out, out, lse, grad_lse; the correction and grad_q.
-    read = tokens_read(cu_q, cu_k, cu_chunk, mem_slot, mem_len, group, GRADIENT_VECTORS)
-    total = read * kv_heads * 2 * row + vectors * (4 * row + 12)
-    # Context: keys and values and their gradients once; q, grad_out, lse and correction for each block of keys.
-    seen = 0
-    for (a, b), (c, d) in zip(pairs(cu_q), pairs(cu_k), strict=True):
-        hidden = [max(0, at - ((d - c) - (b - a))) for at in range(0, d - c, GRADIENT_KEYS)]
-        seen += sum(b - a - h for h in hidden)
-    total += 4 * k.shape[0] * kv_heads * row + seen * q.shape[1] * (2 * row + 8)
-    # Records: the same for each block of a chunk's tokens; shares in float32, written and read; the gradients.
-    blocks = -(-mem_slot.shape[1] * args[6].shape[2] // GRADIENT_KEYS)
-    total += blocks * vectors * (2 * row + 8)
-    shares = sum(mem_len[s].item() for s in mem_slot.flatten().tolist() if s >= 0) * kv_heads
-    listed = sum(mem_len[s].item() for s in set(mem_slot.flatten().tolist()) if s >= 0) * kv_heads
-    return total + shares * 2 * (row + 2 * 4 * q.shape[2]) + listed * 2 * row
-
-
 def moved(run) -> int:
     """Bytes between the SMs and the rest of the chip, in whole sectors."""
     kinds = ("global_load", "global_store", "async_copy")
@@ -99,7 +49,10 @@ def test_traffic(op, spec, dim, interpreter):
     args, kwargs = make(spec)(torch.bfloat16, torch.Generator().manual_seed(0))
     with ptx.running(op, one_shape=not FULL) as run:
         host.call(op, *args, **kwargs)
-    count = forward_bytes(args) if op == "memory_attention" else backward_bytes(args[4:])
+    if op == "memory_attention":
+        count = schedules.forward(args, FORWARD_VECTORS)
+    else:
+        count = schedules.backward(args[4:], GRADIENT_VECTORS, GRADIENT_KEYS)
     print(f"{op}: {moved(run)} bytes, {moved(run) / count:.3f} of the schedule's count")
     assert count <= moved(run) <= 1.15 * count
     assert all(result["async_copy"]["efficiency"] >= 0.9 for _, result in run.results)

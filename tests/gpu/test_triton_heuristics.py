@@ -32,6 +32,12 @@ def test_decode(sequences, model, max_q, max_kv, tile):
     assert h.decode_tile(sequences, kv_heads, group, max_q, max_kv, dim, 2) == tile
 
 
+def test_decode_in_float32():
+    """Half the tokens; rows of 512 bytes are shared by eight warps."""
+    assert h.decode_tile(1, 3, 3, 1, 256, 64, 4) == (16, 32, 1, 4, 2)
+    assert h.decode_tile(1, 8, 5, 1, 256, 80, 4) == (16, 16, 1, 8, 2)
+
+
 @pytest.mark.parametrize(
     "refs, tokens, dim, size, coded, most, tile",
     [
@@ -57,6 +63,7 @@ def test_records(refs, tokens, dim, size, coded, most, tile):
         (64 * 2, 256, 2, (64, 32, 8, 2)),
         (5, 80, 2, (16, 32, 4, 2)),
         (64 * 3, 64, 4, (32, 32, 4, 2)),
+        (64 * 5, 80, 4, (16, 16, 4, 2)),
     ],
 )
 def test_prefill(packed, dim, size, tile):
@@ -71,6 +78,7 @@ def test_prefill(packed, dim, size, tile):
         (256, 8, 128, 2, (64, 32, 8, 2), (16, 16, 4, 2)),
         (128, 256, 256, 2, (32, 32, 8, 2), (32, 32, 8, 2)),
         (192, 256, 64, 4, (16, 16, 4, 2), (16, 32, 4, 2)),
+        (320, 256, 80, 4, (16, 16, 4, 2), (16, 16, 8, 2)),
     ],
 )
 def test_gradients(packed, tokens, dim, size, queries, keys):
@@ -85,7 +93,7 @@ def test_gradients(packed, tokens, dim, size, queries, keys):
         (136, 64, 2, (32, 256, True, 8, 2)),
         (300, 128, 2, (64, 128, False, 8, 2)),
         (128, 256, 2, (64, 128, True, 8, 2)),
-        (128, 128, 4, (32, 32, False, 8, 2)),
+        (128, 128, 4, (16, 32, False, 8, 2)),
         (0, 64, 2, (64, 16, True, 8, 2)),
     ],
 )
