@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+
+import torch
 
 from memory3_kernels._registry import Case
 from memory3_kernels.ops import _attention_cases as samples
@@ -31,6 +33,7 @@ def _memory_decode(only: int | None) -> Iterator[Case]:
         replace(split, sequences=((3, 1100),), page=16, bias="holes", dim=80)))  # fmt: skip
     yield Case("split-nothing-seen", samples.decode_sample(
         replace(split, sequences=((1, 0), (1, 600)), slot_rows=((-1, -1, -1), (0, -1, 2)))))  # fmt: skip
+    yield Case("values-apart", record_cases.apart(samples.decode_sample(replace(split, bias="normal")), 2, 7, gap=8))
 
 
 def _memory_attention(only: int | None) -> Iterator[Case]:
@@ -38,6 +41,8 @@ def _memory_attention(only: int | None) -> Iterator[Case]:
         yield Case(name, samples.attention_sample(replace(spec, dim=_dim(spec.dim, only))))
     for name, spec in _attention_extra(only):
         yield Case(name, samples.attention_sample(spec))
+    yield Case("empty-chunk", _empty_chunk(samples.attention_sample(_shared(only)), 5))
+    yield Case("values-apart", record_cases.apart(samples.attention_sample(_shared(only)), 2, 7, gap=8))
 
 
 def _memory_attention_backward(only: int | None) -> Iterator[Case]:
@@ -49,9 +54,30 @@ def _memory_attention_backward(only: int | None) -> Iterator[Case]:
     yield Case("no-memory-grad", samples.backward_sample(replace(lengths, dim=_dim(16, only)), memory_grad=False))
     for name, spec in _attention_extra(only):
         yield Case(name, samples.backward_sample(spec))
-    # Two KV heads read one record head; a slot is listed by many chunks.
-    mapped = replace(specs["head-map"][0], dim=_dim(64, only), head_map=(1, 1, 0), slots=2, chunk=2)
-    yield Case("shared", samples.backward_sample(mapped))
+    yield Case("shared", samples.backward_sample(_shared(only)))
+    yield Case("empty-chunk", _empty_chunk(samples.backward_sample(_shared(only)), 9))
+    yield Case("values-apart", record_cases.apart(samples.backward_sample(_shared(only)), 6, 11, gap=8))
+
+
+def _shared(only: int | None) -> samples.Spec:
+    """Two KV heads read one record head; a slot is listed by many chunks."""
+    head_map = samples.attention_specs()["head-map"][0]
+    return replace(head_map, dim=_dim(64, only), head_map=(1, 1, 0), slots=2, chunk=2)
+
+
+def _empty_chunk(make: Callable, at: int) -> Callable:
+    """The same call with a chunk of no rows behind the first, which lists the slots of the last; `at`: of cu_chunk
+    among the arguments."""
+
+    def made(dtype: torch.dtype, generator: torch.Generator):
+        args, kwargs = make(dtype, generator)
+        args = list(args)
+        offsets, slots = args[at], args[at + 3]
+        args[at] = torch.cat([offsets[:2], offsets[1:]])
+        args[at + 3] = torch.cat([slots[:1], slots[-1:], slots[1:]])
+        return tuple(args), kwargs
+
+    return made
 
 
 def _attention_extra(only: int | None) -> Iterator[tuple[str, samples.Spec]]:
@@ -60,9 +86,11 @@ def _attention_extra(only: int | None) -> Iterator[tuple[str, samples.Spec]]:
         heads=(10, 2), dim=_dim(80, only), sequences=((70, 150),), chunk=64, refs=6, tokens=7, slots=9, bias="holes",
         lengths=(7, 0, 3, 7, 7, 1, 7, 7, 2),
     )  # fmt: skip
-    # More sequences than a warp looks at together; some empty.
+    # More records than wait in shared memory for the log-sum-exp (memory_attention/record_mass.cuh), twice over.
+    yield "records", samples.Spec(heads=(2, 1), dim=_dim(64, only), refs=19, tokens=3, slots=7)
+    # More sequences than a warp looks at together, some empty; a slot's readers lie further apart than that, too.
     sequences = tuple((n % 3, n % 3 + n % 2) for n in range(70))
-    yield "sequences", samples.Spec(heads=(2, 1), dim=_dim(64, only), sequences=sequences, chunk=64, tokens=2)
+    yield "sequences", samples.Spec(heads=(2, 1), dim=_dim(64, only), sequences=sequences, chunk=64, tokens=2, slots=41)
 
 
 def _memory_decode_coded(only: int | None) -> Iterator[Case]:
