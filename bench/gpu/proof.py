@@ -1,6 +1,6 @@
 """Proves the GPU kernels on a CPU, as far as that goes: every stage, type, head dimension and architecture.
 
-    python -m bench gpu-proof --json FILE [--stage NAME ...] [-k EXPRESSION] [--minutes N]
+    python -m bench gpu-proof --json FILE [--stage NAME ...] [-k EXPRESSION] [--minutes N] [--summary FILE]
 
 The tests are those of tests/gpu with M3_PROOF=full; this command runs them stage by stage and keeps a record of each
 (kernel, arch, stage, figures, verdict). FILE is gone on with: what passed there with the same sources is not run again.
@@ -111,6 +111,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--stage", nargs="+", choices=STAGES, default=list(STAGES), help="default: all")
     parser.add_argument("-k", metavar="EXPRESSION", default="", help="only tests that match, as pytest's -k")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="stop after this long")
+    parser.add_argument("--summary", metavar="FILE", type=Path, help="a row per stage and kernel, short enough to keep")
 
 
 class Records:
@@ -134,9 +135,32 @@ class Records:
             del self.rows[key]
 
     def save(self, settings: dict[str, Any], left: dict[str, int]) -> None:
-        about = environment.describe()
-        rows = list(self.rows.values())
-        write_json(self.path, document("gpu-proof", settings, about, rows, left=left))
+        write_json(self.path, document("gpu-proof", settings, describe(), list(self.rows.values()), left=left))
+
+    def summary(self) -> list[dict[str, Any]]:
+        """A row per stage and kernel, with the digests of what was proven."""
+        found: dict[tuple[str, str], dict[str, Any]] = {}
+        for (stage, _), row in sorted(self.rows.items(), key=lambda item: list(STAGES).index(item[0][0])):
+            one = found.setdefault((stage, row["kernel"]), {
+                "stage": stage, "kernel": row["kernel"], "archs": [], "passed": 0, "failed": 0, "skipped": 0,
+                "seconds": 0.0, "sources": [],
+            })  # fmt: skip
+            one[row["verdict"]] += 1
+            one["seconds"] = round(one["seconds"] + row["seconds"], 1)
+            for kept, value in (("archs", row["arch"]), ("sources", row["sources"])):
+                if value is not None and value not in one[kept]:
+                    one[kept].append(value)
+        return list(found.values())
+
+
+@cache
+def describe() -> dict[str, Any]:
+    """The machine and the tools."""
+    from simt import nvcc
+
+    about = environment.describe()
+    about["packages"]["triton"] = environment.version("triton")
+    return about | {"nvcc": nvcc.version()}
 
 
 def lines(log: Path, process: subprocess.Popen, end: float) -> Iterator[dict[str, Any]]:
@@ -232,6 +256,8 @@ def main(args: argparse.Namespace) -> int:
             except RuntimeError as error:
                 broken[name] = str(error)
             records.save(settings, left)
+    if args.summary:
+        write_json(args.summary, document("gpu-proof-summary", settings, describe(), records.summary(), left=left))
     show(records, args.stage, left, broken)
     return exit_code(records, args.stage, left, broken)
 

@@ -61,6 +61,15 @@ def test_records_name_kernel_arch_stage_figures_and_verdict(stage, tmp_path, cap
     assert "made-up: tiny" in capsys.readouterr().out
 
 
+def test_the_summary_has_a_row_per_stage_and_kernel(stage, tmp_path):
+    stage("pytest.skip('nvcc is not installed')")
+    path = tmp_path / "summary.json"
+    prove(tmp_path, "--summary", str(path))
+    ops, rest = json.loads(path.read_text())["rows"]
+    assert (ops["kernel"], ops["archs"], ops["passed"], ops["skipped"]) == ("memory_decode", [80, 90], 2, 0)
+    assert (rest["kernel"], rest["passed"], rest["skipped"]) == (None, 0, 1) and len(rest["sources"]) == 1
+
+
 def test_what_passed_is_kept_until_its_sources_change(stage, tmp_path):
     counter = tmp_path / "count"
     stage(f"open({str(counter)!r}, 'a').write('x')")

@@ -25,6 +25,13 @@ def missing() -> str | None:
     return None if find_nvcc.find() else "nvcc is not installed (CUDA_HOME, PATH or pip's nvidia packages)"
 
 
+def version() -> str | None:
+    if missing():
+        return None
+    said = subprocess.run([find_nvcc.find(), "--version"], check=True, capture_output=True, text=True).stdout
+    return re.search(r"V(\d+\.\d+\.\d+)", said)[1]
+
+
 @cache
 def _tools() -> dict[str, str]:
     """cuobjdump and nvdisasm: beside nvcc, on PATH, or in Triton's wheel."""
