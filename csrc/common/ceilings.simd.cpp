@@ -1,11 +1,5 @@
 #include "common/vec.h"
 
-#if defined(__x86_64__)
-#define M3_OPAQUE(value) asm volatile("" : "+x"(value))
-#else
-#define M3_OPAQUE(value) asm volatile("" : "+m"(value))
-#endif
-
 namespace m3 {
 namespace M3_LEVEL {
 

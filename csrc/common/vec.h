@@ -16,6 +16,15 @@
 
 #include "m3/api.h"
 
+// Makes the compiler forget where a vector's value came from: it then keeps it in a register.
+#if defined(M3_EMULATE_AVX512) || !defined(__x86_64__)
+#define M3_OPAQUE(vector) asm volatile("" : "+m"(vector))
+#elif defined(__AVX512F__)
+#define M3_OPAQUE(vector) asm volatile("" : "+v"(vector))
+#else
+#define M3_OPAQUE(vector) asm volatile("" : "+x"(vector))
+#endif
+
 #ifndef M3_LEVEL
 #error "vec.h belongs into *.simd.cpp files, which the build compiles with -DM3_LEVEL=..."
 #endif

@@ -55,7 +55,7 @@ inline void dot_step(const BF16* const* q, int d, const uint32_t* keys, F32 (*ac
 #pragma GCC unroll 4
   for (int n = 0; n < kWovenTile; ++n) {
     x[n] = load_pairs(keys + n * kLanes);
-    asm("" : "+v"(x[n]));  // stays in a register: the compiler would rather load it again for every row
+    M3_OPAQUE(x[n]);  // stays in a register: the compiler would rather load it again for every row
   }
 #pragma GCC unroll 4
   for (int r = 0; r < kWovenRows; ++r) {
