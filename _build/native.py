@@ -2,7 +2,7 @@
 
     python _build/native.py            build in place (what `pip install -e .` and `make build` do)
     python _build/native.py --commands print the compiler lines and stop
-    python _build/native.py --emulate-avx512   build into build/emulated/lib, AVX-512 levels emulated on AVX2 (tests/emulation)
+    python _build/native.py --emulate-avx512   AVX-512 levels emulated on AVX2, for tests: build/emulated/lib
 
 Products, all inside `memory3_kernels/lib/` but the last:
     libm3_cpu.so     csrc/common and csrc/<op>: no torch; `*.simd.cpp` once per SIMD level
