@@ -3,11 +3,13 @@
 A patch begins with its headers:
     Bug: one line about it
     Op: whose kernels have it
-    Stage: simt (in plain order), schedule (in another order), sanitizers, or ptx (the PTX interpreter, on nvcc's code)
+    Stage: simt (in plain order), schedule (in another order), sanitizers, ptx (the PTX interpreter, on nvcc's code), or
+        resources (what nvcc's binary for sm_80 needs and is made of)
+    Cases: names of the sample calls (tests/simt/cases.py) that can show it; left out: all are tried
     Says: a regular expression that what is found must match
 
     PYTHONPATH=tests python -m simt.planted [BUG ...]      plants them (default: all) and tells who found what
-    PYTHONPATH=tests python -m simt.planted --clean STAGE OP   the stage on the sources as they are
+    PYTHONPATH=tests python -m simt.planted --clean STAGE OP [CASE ...]   the stage on the sources as they are
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ from . import build
 
 BUGS = Path(__file__).parent / "bugs"
 OUT = build.ROOT / "build" / "simt" / "planted"
-STAGES = ("simt", "schedule", "sanitizers", "ptx")
+STAGES = ("simt", "schedule", "sanitizers", "ptx", "resources")
 FOUND = 3  # exit code of a stage that found something
 SEEDS = 3  # random orders of the schedule stage
 
@@ -37,6 +39,7 @@ class Bug:
     about: str
     op: str
     stage: str
+    cases: tuple[str, ...]
     says: str
     patch: Path
 
@@ -50,10 +53,11 @@ def bugs() -> list[Bug]:
     found = []
     for path in sorted(BUGS.glob("*.patch")):
         head = path.read_text().partition("\n---")[0]
-        fields = dict(re.findall(r"^(Bug|Op|Stage|Says): (.+)$", head, re.MULTILINE))
+        fields = dict(re.findall(r"^(Bug|Op|Stage|Cases|Says): (.+)$", head, re.MULTILINE))
+        cases = tuple(fields.pop("Cases", "").split())
         if set(fields) != {"Bug", "Op", "Stage", "Says"} or fields["Stage"] not in STAGES:
             raise ValueError(f"{path.name}: expected the headers Bug, Op, Stage ({', '.join(STAGES)}) and Says")
-        found.append(Bug(path.stem, fields["Bug"], fields["Op"], fields["Stage"], fields["Says"], path))
+        found.append(Bug(path.stem, fields["Bug"], fields["Op"], fields["Stage"], cases, fields["Says"], path))
     return found
 
 
@@ -92,25 +96,31 @@ class Sources:
             left.unlink()
 
 
-def run_stage(stage: str, op: str, csrc: Path, folder: Path) -> tuple[bool, str]:
-    """(found something, what it said) of a stage for an op's kernels in `csrc`.
+def run_stage(stage: str, op: str, sources: Sources, cases: tuple[str, ...] = ()) -> tuple[bool, str]:
+    """(found something, what it said) of a stage for an op's kernels, on some of its sample calls (default: all).
 
     Raises:
         RuntimeError: the sources do not compile, or the stage itself broke.
     """
-    sanitize = stage == "sanitizers"
-    library = build.build(sanitize, csrc, folder / ("sanitized" if sanitize else "plain") / op, (op,), one_shape=True)
+    sanitize, folder = stage == "sanitizers", sources.folder
+    # The interpreter takes nvcc's code, planted; the host then launches it with the launchers as they are.
+    csrc, kind = (build.CSRC, "launchers") if stage == "ptx" else (sources.csrc, "sanitized" if sanitize else "plain")
+    library = "" if stage == "resources" else build.build(sanitize, csrc, folder / kind / op, (op,), one_shape=True)
     environment = (build.environment() if sanitize else dict(os.environ)) | {
-        "PYTHONPATH": str(build.HERE.parent),
+        "PYTHONPATH": os.pathsep.join((str(build.HERE.parent), str(build.HERE.parent / "gpu"))),
         "OMP_NUM_THREADS": "1",
+        "M3_PROOF": "",  # one shape, here too
     }
-    command = [sys.executable, "-m", "simt.planted_stage", stage, op, str(library), str(csrc), str(folder / "ptx")]
+    command = [sys.executable, "-m", "simt.planted_stage", stage, op, str(library), str(sources.csrc),
+               str(folder / "nvcc"), *cases]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=build.ROOT, errors="replace")
     said = done.stdout + done.stderr
     if done.returncode == 0:
         return False, said
     # A crash is a finding too: a sanitizer ends the process with 99, a wild address with a signal.
-    if done.returncode in (FOUND, 99) or done.returncode < 0:
+    if done.returncode < 0:
+        return True, f"{said}ended by signal {-done.returncode}\n"
+    if done.returncode in (FOUND, 99):
         return True, said
     raise RuntimeError(f"stage {stage} of {op} ended with status {done.returncode}:\n{said[-4000:]}")
 
@@ -123,7 +133,7 @@ def catch(bug: Bug, sources: Sources) -> str:
     """
     try:
         sources.plant(bug)
-        found, said = run_stage(bug.stage, bug.op, sources.csrc, sources.folder)
+        found, said = run_stage(bug.stage, bug.op, sources, bug.cases)
     finally:
         sources.restore(bug)
     if not found:
@@ -141,17 +151,24 @@ def missing(stage: str) -> str | None:
         from . import ptx
 
         return ptx.missing()
+    if stage == "resources":
+        from . import nvcc
+
+        return nvcc.missing_tools()
     return None
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--clean", action="store_true", help="take STAGE and OP, plant nothing")
+    parser.add_argument("--clean", action="store_true", help="take STAGE, OP and CASES, plant nothing")
     parser.add_argument("names", nargs="*", metavar="BUG")
     options = parser.parse_args()
     sources = Sources()
     if options.clean:
-        found, said = run_stage(*options.names, sources.csrc, sources.folder)
+        stage, op, *cases = options.names
+        if reason := missing(stage):
+            parser.error(reason)
+        found, said = run_stage(stage, op, sources, tuple(cases))
         print(said if found else "nothing found")
         return int(found)
     wrong = 0

@@ -1,4 +1,5 @@
-"""One stage of the proof on one op, in a process of its own: `python -m simt.planted_stage STAGE OP LIBRARY CSRC OUT`.
+"""One stage of the proof on one op, in a process of its own:
+`python -m simt.planted_stage STAGE OP LIBRARY CSRC OUT [CASE ...]`.
 
 Ends with status planted.FOUND, saying what was found, or with 0. bfloat16 and a head dimension of 80, the one shape
 that these builds have.
@@ -43,15 +44,40 @@ def runs(stage: str, op: str):
         yield "forward", nullcontext
 
 
+def chosen(op: str, names: list[str]) -> list:
+    """The op's sample calls of these names (none: all).
+
+    Raises:
+        ValueError: there is none of some name.
+    """
+    found = [case for case in cases.cases(op, 80) if not names or case.id in names]
+    if missing := set(names) - {case.id for case in found}:
+        raise ValueError(f"{op} has no case {', '.join(sorted(missing))}")
+    return found
+
+
+def resources(op: str) -> int:
+    from test_cuda_compile import test_resources
+
+    try:
+        test_resources(op, 80, lambda name, value: None)
+    except AssertionError as error:
+        print(error)
+        return FOUND
+    return 0
+
+
 def main() -> int:
-    stage, op, library, csrc, out = sys.argv[1:]
+    stage, op, library, csrc, out, *names = sys.argv[1:]
     build.CSRC, nvcc.OUT = Path(csrc), Path(out)
+    if stage == "resources":
+        return resources(op)
     torch.set_num_threads(1)
     # Outputs that nobody writes show.
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True
     host.load(Path(library))
-    for case in cases.cases(op, 80):
+    for case in chosen(op, names):
         for name, context in runs(stage, op):
             args, kwargs = test_ops.make(case, torch.bfloat16)
             before = test_ops.clone(args)
