@@ -5,6 +5,7 @@
 
 #include "common/gemm_tile.h"
 #include "common/pair_tile.h"
+#include "common/split_tile.h"
 
 namespace m3 {
 namespace M3_LEVEL {
@@ -23,6 +24,7 @@ template <class T>
 struct KeyBlock {
   struct Run {
     int begin, end, record;
+    const float* bias;  // of record head 0, or null
   };
   const T* k[kBlock];
   const T* v[kBlock];
@@ -55,7 +57,7 @@ struct QueryTile {
   int64_t refs;
 
   void begin(int rows, int width, float factor, int64_t records) {
-    m = rows, dim = width, ld = kPairDots ? pair_padded(width) : padded(width), scale = factor, refs = records;
+    m = rows, dim = width, ld = pair_padded(width), scale = factor, refs = records;
     memset(acc, 0, sizeof(float) * m * ld);
     for (int i = 0; i < m + kLanes; ++i) top[i] = -kInf, sum[i] = 0.f;
   }
@@ -65,23 +67,6 @@ inline void scale_row(float* row, int64_t n, float factor) {
   int64_t d = 0;
   for (; d + kLanes <= n; d += kLanes) store(row + d, load(row + d) * factor);
   for (; d < n; ++d) row[d] *= factor;
-}
-
-// Sum of a run that starts and ends anywhere, in a fixed order.
-inline float sum_run(const float* p, int n) {
-  float total = 0.f;
-  if (n >= kLanes) {
-    F32 v = load(p);
-    int i = kLanes;
-    for (; i + kLanes <= n; i += kLanes) v += load(p + i);
-    total = sum(v);
-    p += i, n -= i;
-  }
-  float a = 0.f, b = 0.f;
-  int i = 0;
-  for (; i + 2 <= n; i += 2) a += p[i], b += p[i + 1];
-  if (i < n) a += p[i];
-  return total + (a + b);
 }
 
 // Bias and visibility: keys at or behind seen[i] (or `count` where seen is null) and the padding become -inf.
@@ -151,13 +136,26 @@ inline void absorb(QueryTile& tile, int lo, int m, int count) {
   }
 }
 
-// Adds up the weights of each record.
+// Adds up the weights of each record: whole vectors of kLanes rows side by side, then what is left of each row.
 template <class T>
 inline void add_mass(QueryTile& tile, int lo, int m, const KeyBlock<T>& block) {
-  for (int i = lo; i < lo + m; ++i)
-    for (int r = 0; r < block.run_count; ++r)
-      tile.mass[i][block.runs[r].record] +=
-          sum_run(tile.p + i * kBlock + block.runs[r].begin, block.runs[r].end - block.runs[r].begin);
+  for (int r = 0; r < block.run_count; ++r) {
+    const auto& run = block.runs[r];
+    const int whole = run.begin + (run.end - run.begin) / kLanes * kLanes;
+    for (int at = lo; at < lo + m; at += kLanes) {
+      const int n = lo + m - at < kLanes ? lo + m - at : kLanes;
+      F32 part[kLanes] = {};
+      for (int i = 0; i < n; ++i)
+        for (int j = run.begin; j < whole; j += kLanes) part[i] += load(tile.p + (at + i) * kBlock + j);
+      float sums[kLanes];
+      store(sums, sum_each(part));
+      for (int i = 0; i < n; ++i) {
+        float rest = 0.f;
+        for (int j = whole; j < run.end; ++j) rest += tile.p[(at + i) * kBlock + j];
+        tile.mass[at + i][run.record] += sums[i] + rest;
+      }
+    }
+  }
 }
 
 // Cache lines of a row.
@@ -172,6 +170,12 @@ struct Nothing {
   const char* take(int, const void*) const { return nullptr; }
 };
 
+// Few query vectors with rows that are taken apart (split_tile.h).
+template <class T>
+constexpr bool kSplit = false;
+template <>
+constexpr bool kSplit<BF16> = !kPairDots;
+
 // tile.p[lo..lo + m, at..] = q . k for few query vectors and `count` keys where they lie; at a multiple of kLanes.
 template <class T, class Row, class Step>
 inline void few_scores(QueryTile& tile, int lo, int m, const Row& row, int count, int at, Step& step) {
@@ -180,6 +184,19 @@ inline void few_scores(QueryTile& tile, int lo, int m, const Row& row, int count
     by_four(m, [&](auto rows, int i) {
       pair_dot_rows<decltype(rows)::value>(tile.q_pairs + (lo + i) * (tile.ld / 2), tile.ld / 2, row, count, tile.dim,
                                            tile.scale, p + i * kBlock, kBlock, step);
+    });
+  } else if constexpr (kSplit<T>) {
+    alignas(64) float apart[kFewRows * kMaxDim];
+    for (int i = 0; i < m; ++i)
+      for (int d = 0; d < tile.ld; d += kPairRow) {
+        F32 even, odd;
+        take_apart(tile.q + (lo + i) * tile.ld + d, &even, &odd);
+        store(apart + i * tile.ld + d, even);
+        store(apart + i * tile.ld + d + kLanes, odd);
+      }
+    by_four(m, [&](auto rows, int i) {
+      split_dot_rows<decltype(rows)::value>(apart + i * tile.ld, tile.ld, row, count, tile.dim, p + i * kBlock, kBlock,
+                                            step);
     });
   } else {
     const T* rows[kBlock];
@@ -197,6 +214,11 @@ inline void few_values(QueryTile& tile, int lo, int m, const Row& row, int count
     by_four(m, [&](auto rows, int i) {
       pair_add_rows<decltype(rows)::value>(tile.p_pairs + (lo + i) * (kBlock / 2) + at / 2, kBlock / 2, row, count,
                                            tile.dim, acc + i * tile.ld, tile.ld, step);
+    });
+  } else if constexpr (kSplit<T>) {
+    by_four(m, [&](auto rows, int i) {
+      split_add_rows<decltype(rows)::value>(tile.p + (lo + i) * kBlock + at, kBlock, row, count, tile.dim,
+                                            acc + i * tile.ld, tile.ld, step);
     });
   } else {
     const T* rows[kBlock];

@@ -28,7 +28,11 @@ inline void load_rows(const T* x, int64_t row_stride, int64_t head_stride, int r
       const int i = lo + r * group + g;
       const T* row = x + r * row_stride + g * head_stride;
       if constexpr (kPaired<T>) copy_pairs(row, tile.dim, tile.q_pairs + i * (tile.ld / 2));
-      if constexpr (Mixed || !kPaired<T>) pack_row(row, tile.dim, tile.scale, tile.q + i * tile.ld);
+      if constexpr (Mixed || !kPaired<T>) {
+        float* const q = tile.q + i * tile.ld;
+        for (int d = padded(tile.dim); d < tile.ld; d += kLanes) store(q + d, F32{});
+        pack_row(row, tile.dim, tile.scale, q);
+      }
     }
 }
 
@@ -37,34 +41,69 @@ inline int64_t record_head(const M3Records& memory, int64_t head) {
   return memory.head_map ? memory.head_map[head] : head;
 }
 
-// Calls take(block) for blocks of the valid tokens of chunk `chunk`'s records, in their order. append(slot, at, n) adds
-// the rows of tokens at..at + n to the block.
+// The valid tokens of chunk `chunk`'s records, in their order, as blocks.
+class RecordBlocks {
+ public:
+  RecordBlocks(const M3Records& memory, int64_t chunk)
+      : memory_(memory), slot_(memory.slot + chunk * memory.refs), refs_(static_cast<int>(memory.refs)) {}
+
+  // Fills the block with as many of the next tokens as it holds; false: there are none. append(slot, at, n) adds the
+  // rows of tokens at..at + n to it.
+  template <class T, class Append>
+  bool next(KeyBlock<T>& block, const Append& append) {
+    block.clear();
+    for (; record_ < refs_ && block.room() > 0; ++record_, token_ = 0) {
+      const int64_t slot = slot_[record_];
+      if (slot < 0) continue;
+      const int left = memory_.length[slot] - token_, n = left < block.room() ? left : block.room();
+      if (n > 0) {
+        const float* bias = memory_.bias ? memory_.bias + slot * memory_.bias_stride[0] + token_ : nullptr;
+        block.runs[block.run_count++] = {block.count, block.count + n, record_, bias};
+        append(slot, token_, n);
+        token_ += n;
+      }
+      if (n < left) break;
+    }
+    return block.count > 0;
+  }
+
+  // The same for the rows of record head 0; those of other heads lie a stride further on.
+  template <class T>
+  bool next(KeyBlock<T>& block) {
+    const T *k = static_cast<const T*>(memory_.k), *v = static_cast<const T*>(memory_.v);
+    return next(block, [&](int64_t slot, int64_t at, int n) {
+      block.append(k + slot * memory_.k_stride[0] + at * memory_.k_stride[2], memory_.k_stride[2],
+                   v + slot * memory_.v_stride[0] + at * memory_.v_stride[2], memory_.v_stride[2], n);
+    });
+  }
+
+ private:
+  const M3Records& memory_;
+  const int32_t* const slot_;
+  const int refs_;
+  int record_ = 0, token_ = 0;
+};
+
+// The bias of record head `head` for a block's keys.
+template <class T>
+inline void read_bias(const M3Records& memory, int64_t head, KeyBlock<T>& block) {
+  block.biased = memory.bias != nullptr;
+  if (!block.biased) return;
+  for (int r = 0; r < block.run_count; ++r) {
+    const auto& run = block.runs[r];
+    memcpy(block.bias + run.begin, run.bias + head * memory.bias_stride[1], sizeof(float) * (run.end - run.begin));
+  }
+}
+
+// Calls take(block) for blocks of the valid tokens of chunk `chunk`'s records as head `head` has them. append: as above.
 template <class T, class Append, class Take>
 inline void for_each_record_block(const M3Records& memory, int64_t chunk, int64_t head, KeyBlock<T>& block,
                                   const Append& append, const Take& take) {
-  block.clear();
-  for (int64_t r = 0; r < memory.refs; ++r) {
-    const int64_t slot = memory.slot[chunk * memory.refs + r];
-    if (slot < 0) continue;
-    const float* bias = nullptr;
-    if (memory.bias) bias = memory.bias + slot * memory.bias_stride[0] + head * memory.bias_stride[1];
-    const int length = memory.length[slot];
-    for (int at = 0; at < length;) {
-      if (block.room() == 0) {
-        take(block);
-        block.clear();
-      }
-      const int n = length - at < block.room() ? length - at : block.room();
-      if (bias) {
-        memcpy(block.bias + block.count, bias + at, sizeof(float) * n);
-        block.biased = true;
-      }
-      block.runs[block.run_count++] = {block.count, block.count + n, static_cast<int>(r)};
-      append(slot, at, n);
-      at += n;
-    }
+  RecordBlocks blocks(memory, chunk);
+  while (blocks.next(block, append)) {
+    read_bias(memory, head, block);
+    take(block);
   }
-  if (block.count > 0) take(block);
 }
 
 // The same for dense records.

@@ -128,9 +128,14 @@ inline F32 load(const float* p) {
 }
 
 inline F32 load(const BF16* p) {
+#if defined(__AVX2__) && !defined(__AVX512F__)  // GCC widens eight in two halves
+  return reinterpret_cast<F32>(
+      _mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))), 16));
+#else
   U16 h;
   memcpy(&h, p, sizeof h);
   return reinterpret_cast<F32>(__builtin_convertvector(h, U32) << 16);
+#endif
 }
 
 inline F32 load(const F16* p) {
@@ -218,12 +223,9 @@ inline F32 dot_pairs(F32 sum, U32 a, U32 b) {
 #endif
 }
 
-inline F32 select(I32 mask, F32 yes, F32 no) {
-  const I32 a = reinterpret_cast<I32>(yes), b = reinterpret_cast<I32>(no);
-  return reinterpret_cast<F32>((a & mask) | (b & ~mask));
-}
+inline F32 select(I32 mask, F32 yes, F32 no) { return mask ? yes : no; }
 
-inline F32 max(F32 a, F32 b) { return select(a > b, a, b); }
+inline F32 max(F32 a, F32 b) { return a > b ? a : b; }  // one instruction, which `select` is not
 
 // Pairwise, so that every level sums in a fixed order of its own.
 inline float sum(F32 v) {

@@ -184,8 +184,8 @@ inline int heads_together(const M3MemoryDecodeParams& p, int64_t heads, int m) {
   return heads < most ? static_cast<int>(heads) : most;
 }
 
-// read(tile, lo, m, b, record_head) takes the records of sequence b into vectors lo..lo + m of the tile and leaves
-// their query as it was. Mixed: records come in another type than T.
+// read(tile, heads, m, b, head) takes the records of sequence b into the tile: m vectors for each of `heads` KV heads
+// from `head` on. It leaves their queries as they were. Mixed: records come in another type than T.
 template <class T, bool Mixed, class Read>
 void for_each_decode_item(const M3MemoryDecodeParams& p, const RowBlocks& blocks, int64_t begin, int64_t end,
                           const Read& read) {
@@ -207,10 +207,7 @@ void for_each_decode_item(const M3MemoryDecodeParams& p, const RowBlocks& blocks
       load_rows<T, Mixed>(q, p.q_stride[0], p.q_stride[1], rows, group, h * m, tile);
       begin_mass(tile, h * m, p.mass, p.heads, row, (head + h) * group, rows, group);
     }
-    for (int h = 0; h < heads; ++h) {
-      const int64_t from = record_head(p.memory, head + h);
-      if (from >= 0) read(tile, h * m, m, b, from);
-    }
+    read(tile, heads, m, b, head);
     const int64_t limit = p.kv_len[b] - left + 1;
     if (m <= kFewRows)
       consume_cache<T>(p, b, head, heads, limit, rows, group, tile);

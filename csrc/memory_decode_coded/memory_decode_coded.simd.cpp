@@ -56,8 +56,7 @@ template <class T>
 void attend(const M3MemoryDecodeCodedParams& p, const RowBlocks& blocks, int64_t begin, int64_t end) {
   M3Book k_book = p.k_book, v_book = p.v_book;
   k_book.rot = v_book.rot = nullptr;
-  const auto read = [&](QueryTile& tile, int lo, int m, int64_t b, int64_t head) {
-    if (p.decode.memory.refs == 0) return;
+  const auto read_head = [&](QueryTile& tile, int lo, int m, int64_t b, int64_t head) {
     alignas(64) float plain[kTileRows * kMaxDim];
     float* q = tile.q + lo * tile.ld;
     if (p.k_book.rot) {
@@ -67,6 +66,13 @@ void attend(const M3MemoryDecodeCodedParams& p, const RowBlocks& blocks, int64_t
     read_records(p, k_book, v_book, tile, lo, m, b, head);
     if (p.k_book.rot) memcpy(q, plain, sizeof(float) * m * tile.ld);
     if (p.v_book.rot) rotate_back(p.v_book, tile, lo, m);
+  };
+  const M3Records& memory = p.decode.memory;
+  const auto read = [&](QueryTile& tile, int heads, int m, int64_t b, int64_t head) {
+    for (int h = 0; memory.refs > 0 && h < heads; ++h) {
+      const int64_t from = record_head(memory, head + h);
+      if (from >= 0) read_head(tile, h * m, m, b, from);
+    }
   };
   for_each_decode_item<T, true>(p.decode, blocks, begin, end, read);
 }
