@@ -8,8 +8,8 @@ namespace m3 {
 namespace M3_LEVEL {
 namespace {
 
-constexpr int kRows = 4;
-constexpr int kMostColumns = kLanes == 16 ? 5 : 2;  // vectors of sums per row: 20 of 32 registers, 8 of 16
+constexpr int kRows = kLanes == 16 ? 4 : 6;
+constexpr int kMostColumns = kLanes == 16 ? 5 : 2;  // vectors of sums per row: 20 of 32 registers, 12 of 16
 
 inline F32 multiply_add(F32 sum, float x, F32 r) { return sum + x * r; }
 inline F32 multiply_add(F32 sum, uint32_t x, U32 r) { return dot_pairs(sum, splat_pair(x), r); }
