@@ -86,7 +86,7 @@ def run(
         raise FileNotFoundError(f"{error}; or leave the sets out that need it (--set)") from None
     if ablate:
         who = "adapted" if "adapted" in readers else "original"
-        groups = ablations(net.config.n_layers, net.memory.tokens, who)
+        groups = ablations(net.config.n_layers, net.config.n_kv_heads, who)
         groups = {name: part for name, part in groups.items() if not arms or any(a in name for a in arms)}
         baseline = main_arms(net.config.n_layers, net.memory.span, (who,))[:2]
         groups = {"without, and as it is": baseline, **groups}

@@ -67,8 +67,8 @@ def main_arms(n_layers: int, span: int, readers: tuple[str, ...], controls: int 
     return arms
 
 
-def ablations(n_layers: int, tokens: int, reader: str = "original") -> dict[str, list[Arm]]:
-    """Tables of arms that need no training, each around the model as it is (`tokens` per head in all layers)."""
+def ablations(n_layers: int, n_kv_heads: int, reader: str = "original") -> dict[str, list[Arm]]:
+    """Tables of arms that need no training, each around the model as it is: 32 tokens per head in all layers."""
     every = tuple(range(n_layers))
     half, quarter = n_layers // 2, n_layers // 4
     bands = {
@@ -82,6 +82,13 @@ def ablations(n_layers: int, tokens: int, reader: str = "original") -> dict[str,
     return {
         "tokens per head, all layers": [arm(f"K={k}", memory={"tokens": k, "layers": every}) for k in (4, 8, 16, 32)],
         "layer band, 32 tokens per head": [arm(n, memory={"layers": tuple(band)}) for n, band in bands.items()],
+        "KV heads that read, in every layer": [
+            arm(
+                " ".join(map(str, heads)),
+                memory={"layers": every, "head_map": (_head_row(heads, n_kv_heads),) * n_layers},
+            )
+            for heads in _head_subsets(n_kv_heads)
+        ],
         "memories read": [arm(f"{r} found", refs=r) for r in (1, 2, 3, 5, 8)],
         "share of memories replaced by random ones": [arm(f"{p:.0%}", noise=p) for p in (0.2, 0.4, 0.6, 0.8)],
         "selection rule, 8 tokens per head": [
@@ -95,6 +102,18 @@ def ablations(n_layers: int, tokens: int, reader: str = "original") -> dict[str,
             arm(refit or "none", refit=refit, memory={"tokens": 8}) for refit in ("", "bias", "value", "both")
         ],
     }
+
+
+def _head_subsets(n_kv_heads: int) -> list[tuple[int, ...]]:
+    """Each head alone, and all but each; fewer where these are the same."""
+    every = tuple(range(n_kv_heads))
+    found = [(head,) for head in every] + [tuple(h for h in every if h != head) for head in every]
+    return list(dict.fromkeys(heads for heads in found if 0 < len(heads) < n_kv_heads))
+
+
+def _head_row(heads: tuple[int, ...], n_kv_heads: int) -> tuple[int, ...]:
+    """A row of MemoryConfig.head_map: the record head of each KV head, -1 for one that reads no memory."""
+    return tuple(heads.index(head) if head in heads else -1 for head in range(n_kv_heads))
 
 
 def _bits(spec: str) -> int:

@@ -164,6 +164,22 @@ def test_quantised_and_refitted_memories(tmp_path):
     assert total["vq"] == pytest.approx(total["memory"], rel=0.1)
 
 
+def test_some_heads_read(tmp_path):
+    """All heads by a map are all heads; with fewer, a record holds fewer and answers differ."""
+    found = evaluation(tmp_path, count=4)
+    layers, heads = len(MODEL.memory.layers), MODEL.config.n_kv_heads
+    every, first = tuple(range(heads)), (0, *[-1] * (heads - 1))
+    arms = [
+        MEMORY,
+        replace(MEMORY, name="all", memory={"head_map": (every,) * layers}),
+        replace(MEMORY, name="first", memory={"head_map": (first,) * layers}),
+    ]
+    rows = {(r["arm"], r["id"]): r["loss"] for r in found.run(arms)}
+    asked = [i for a, i in rows if a == "memory"]
+    assert all(rows["all", i] == pytest.approx(rows["memory", i], rel=1e-5) for i in asked)
+    assert any(abs(rows["first", i] - rows["memory", i]) > 1e-3 for i in asked)
+
+
 def test_an_adapter_reads_what_the_checkpoint_wrote(tmp_path):
     other = make_model(seed=1)
     both = {"original": Reader(MODEL.net, MODEL.net), "adapted": Reader(other.net, MODEL.net)}
@@ -179,8 +195,11 @@ def test_lists_of_arms():
     names = [a.name for a in arms]
     assert len(names) == len(set(names)) == 20 and "trained reader: RAG 5" in names
     assert next(a for a in arms if a.name == "adapted: full KV").memory["tokens"] == 128
-    for title, part in ablations(30, 32).items():
+    tables = ablations(30, 3)
+    for title, part in tables.items():
         assert len({a.name for a in part}) == len(part) > 2, title
+    rows = {a.name: a.memory["head_map"] for a in tables["KV heads that read, in every layer"]}
+    assert rows["1"] == ((-1, 0, -1),) * 30 and rows["0 2"] == ((0, -1, 1),) * 30 and len(rows) == 6
     with pytest.raises(ValueError, match="choose"):
         Arm("x", choose="best")
     with pytest.raises(ValueError, match="sets"):
