@@ -83,11 +83,8 @@ def ablations(n_layers: int, n_kv_heads: int, reader: str = "original") -> dict[
         "tokens per head, all layers": [arm(f"K={k}", memory={"tokens": k, "layers": every}) for k in (4, 8, 16, 32)],
         "layer band, 32 tokens per head": [arm(n, memory={"layers": tuple(band)}) for n, band in bands.items()],
         "KV heads that read, in every layer": [
-            arm(
-                " ".join(map(str, heads)),
-                memory={"layers": every, "head_map": (_head_row(heads, n_kv_heads),) * n_layers},
-            )
-            for heads in _head_subsets(n_kv_heads)
+            arm(name, memory={"layers": every, "head_map": (row,) * n_layers})
+            for name, row in _head_rows(n_kv_heads).items()
         ],
         "memories read": [arm(f"{r} found", refs=r) for r in (1, 2, 3, 5, 8)],
         "share of memories replaced by random ones": [arm(f"{p:.0%}", noise=p) for p in (0.2, 0.4, 0.6, 0.8)],
@@ -104,16 +101,14 @@ def ablations(n_layers: int, n_kv_heads: int, reader: str = "original") -> dict[
     }
 
 
-def _head_subsets(n_kv_heads: int) -> list[tuple[int, ...]]:
-    """Each head alone, and all but each; fewer where these are the same."""
+def _head_rows(n_kv_heads: int) -> dict[str, tuple[int, ...]]:
+    """Rows of MemoryConfig.head_map, by the heads that read: each alone, and all but each (-1: reads no memory)."""
     every = tuple(range(n_kv_heads))
-    found = [(head,) for head in every] + [tuple(h for h in every if h != head) for head in every]
-    return list(dict.fromkeys(heads for heads in found if 0 < len(heads) < n_kv_heads))
-
-
-def _head_row(heads: tuple[int, ...], n_kv_heads: int) -> tuple[int, ...]:
-    """A row of MemoryConfig.head_map: the record head of each KV head, -1 for one that reads no memory."""
-    return tuple(heads.index(head) if head in heads else -1 for head in range(n_kv_heads))
+    some = [(head,) for head in every] + [tuple(h for h in every if h != head) for head in every]
+    return {
+        " ".join(map(str, heads)): tuple(heads.index(head) if head in heads else -1 for head in every)
+        for heads in some if 0 < len(heads) < n_kv_heads
+    }  # fmt: skip
 
 
 def _bits(spec: str) -> int:
