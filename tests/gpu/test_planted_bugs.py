@@ -1,6 +1,6 @@
 """Every planted bug (tests/simt/bugs) is found by the stage that its patch names; the sources as they are, by none.
 
-By default one bug of each stage; M3_PROOF=full: all.
+By default one bug of each stage but simt (schedule in plain order); M3_PROOF=full: all.
 """
 
 from __future__ import annotations
@@ -12,8 +12,7 @@ from simt import host, planted
 
 FULL = os.environ.get("M3_PROOF") == "full"
 ALL = planted.bugs()
-FEW = ("attention-wrong-chunk", "vq-missing-set-up-barrier", "gather-missing-row-guard", "select-missing-sync-warp",
-       "gather-strides-by-index")  # fmt: skip
+FEW = ("vq-missing-set-up-barrier", "gather-missing-row-guard", "select-missing-sync-warp", "gather-strides-by-index")
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +36,8 @@ def controls() -> dict[tuple[str, str], tuple[str, ...]]:
 
 
 def test_there_are_bugs_of_every_stage_and_kernel():
-    assert {bug.stage for bug in chosen()} == {bug.stage for bug in ALL} == set(planted.STAGES)
+    assert {bug.stage for bug in ALL} == set(planted.STAGES)
+    assert {bug.stage for bug in chosen()} >= set(planted.STAGES) - {"simt"}
     for op in host.names():
         assert sum(bug.op == op for bug in ALL) >= 2, op
 
