@@ -88,10 +88,18 @@ void step_widen(const uint16_t* x, int64_t n, float* out) {
   for (int64_t i = 0; i < n; i += kLanes) store(out + i, load(reinterpret_cast<const BF16*>(x + i)));
 }
 
-// to += x for columns [begin, end) of rows [count, cols].
-void step_add(const float* x, int64_t count, int64_t cols, int64_t begin, int64_t end, float* to) {
-  for (int64_t m = 0; m < count; ++m)
-    for (int64_t c = m * cols + begin; c < m * cols + end; ++c) to[c] += x[c];
+void step_add(const AddRows& p) {
+  for (int64_t m = 0; m < p.count; ++m)
+    for (int64_t c = 0; c < p.cols; ++c) p.to[m * p.to_pitch + c] += p.from[m * p.from_pitch + c];
+}
+
+// sums [n / 32] of x over blocks of 32, n a multiple of that.
+void step_sums(const uint16_t* x, int64_t n, float* sums) {
+  for (int64_t c = 0; c < n; c += kBlock) {
+    F32 total = {};
+    for (int i = 0; i < kBlock; i += kLanes) total += load(reinterpret_cast<const BF16*>(x + c + i));
+    sums[c / kBlock] = sum(total);
+  }
 }
 
 }  // namespace M3_LEVEL

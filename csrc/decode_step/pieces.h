@@ -35,4 +35,12 @@ struct RotateRow {
   uint16_t* out;
 };
 
+// to += from for rows [count, cols], each at its own pitch.
+struct AddRows {
+  const float* from;
+  int64_t from_pitch, count, cols;
+  float* to;
+  int64_t to_pitch;
+};
+
 }  // namespace m3

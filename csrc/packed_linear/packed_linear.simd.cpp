@@ -90,8 +90,8 @@ void many_rows(const M3PackedLinearParams& p, int64_t begin, int64_t end) {
 }
 
 template <class W>
-void sums(const M3PackedLinearParams& p, const int64_t* tiles, int count, int64_t row, int64_t rows, float* sum) {
-  const int64_t pitch = count * M3_PACKED_ROWS;
+void sums(const M3PackedLinearParams& p, const int64_t* tiles, int count, int64_t row, int64_t rows, float* sum,
+          int64_t pitch) {
   if (p.count > Products::kDirect) {
     typename Products::Panel<W> panel;
     return panel.run(p, tiles, count, row, rows, sum, pitch);
@@ -139,8 +139,8 @@ void packed_linear(const M3PackedLinearParams& p, int64_t begin, int64_t end) {
 }
 
 void packed_linear_sums(const M3PackedLinearParams& p, const int64_t* tiles, int count, int64_t row, int64_t rows,
-                        float* sum) {
-  with_format(p.weight.format, [&](auto format) { sums<decltype(format)>(p, tiles, count, row, rows, sum); });
+                        float* sum, int64_t pitch) {
+  with_format(p.weight.format, [&](auto format) { sums<decltype(format)>(p, tiles, count, row, rows, sum, pitch); });
 }
 
 void pack_activations(const void* x, m3_dtype dtype, int64_t stride, int64_t count, int64_t cols, uint16_t* out,

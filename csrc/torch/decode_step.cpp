@@ -62,7 +62,7 @@ void memory_args(M3DecodeStepParams& p, RecordArgs& args, const Tensor& kv, cons
   else
     STD_TORCH_CHECK(heads == p.kv_heads, "head_map: expected one where records have ", heads, " heads and the model ",
                     p.kv_heads, " KV heads, got None");
-  args.slot = index_tensor(*slot, "mem_slot", {p.batch, -1});
+  args.slot = index_tensor(*slot, "mem_slot", {p.memory.chunks, -1});
   args.length = index_tensor(*length, "mem_len", {slots});
   M3Records& view = p.memory;
   view.slots = slots, view.heads = heads, view.tokens = tokens;
@@ -77,18 +77,44 @@ void memory_args(M3DecodeStepParams& p, RecordArgs& args, const Tensor& kv, cons
     view.bias = bias->const_data_ptr<float>();
     view.bias_stride[0] = bias->stride(0), view.bias_stride[1] = bias->stride(2), p.bias_stride = bias->stride(1);
   }
-  view.chunks = p.batch, view.refs = slot->size(1);
+  view.refs = slot->size(1);
   view.slot = args.slot.const_data_ptr<int32_t>();
   view.length = args.length.const_data_ptr<int32_t>();
   view.head_map = args.head_map ? args.head_map->const_data_ptr<int32_t>() : nullptr;
   p.memory_layers = count, p.memory_layer = layers.data();
 }
 
+// How tokens are cut into sequences and chunks, and whose logits are wanted.
+struct Cuts {
+  Tensor cu_q, cu_chunk, rows;
+};
+
+void cut_args(M3DecodeStepParams& p, Cuts& args, const Tensor& tokens, const MaybeTensor& cu_q,
+              const MaybeTensor& cu_chunk, const MaybeTensor& rows) {
+  expect_shape(tokens, "tokens", {cu_q ? -1 : p.batch});
+  expect_type(tokens, "tokens", ScalarType::Long);
+  p.count = tokens.size(0), p.wanted = p.memory.chunks = p.batch;
+  STD_TORCH_CHECK(cu_q || !(cu_chunk || rows), "cu_q: expected it with cu_chunk or rows, which cut it, got None");
+  if (!cu_q) return;
+  args.cu_q = index_tensor(*cu_q, "cu_q", {p.batch + 1});
+  p.cu_q = args.cu_q.const_data_ptr<int32_t>();
+  if (cu_chunk) {
+    args.cu_chunk = offsets(*cu_chunk, "cu_chunk");
+    p.cu_chunk = args.cu_chunk.const_data_ptr<int32_t>(), p.memory.chunks = cu_chunk->size(0) - 1;
+  }
+  if (!rows) return;
+  expect_shape(*rows, "rows", {-1});
+  expect_type(*rows, "rows", ScalarType::Long);
+  args.rows = as_contiguous(*rows);
+  p.rows = args.rows.const_data_ptr<int64_t>(), p.wanted = rows->size(0);
+}
+
 std::tuple<Tensor, Tensor> decode_step(const Tensor& tokens, const Tensor& lengths, Tensor k_cache, Tensor v_cache,
                                        const Tensor& embed, const Tensor& norms, const Tensor& rope,
                                        const Tensor& weights, const MaybeTensor& mem_kv, const MaybeTensor& mem_slot,
                                        const MaybeTensor& mem_len, const MaybeTensor& mem_bias,
-                                       const MaybeTensor& head_map, std::string formats, int64_t ffn,
+                                       const MaybeTensor& head_map, const MaybeTensor& cu_q,
+                                       const MaybeTensor& cu_chunk, const MaybeTensor& rows, std::string formats, int64_t ffn,
                                        std::vector<int64_t> memory_layers, int64_t heads, int64_t span, double eps,
                                        double scale, int64_t threads, MaybeTensor profile) {
   M3DecodeStepParams p{};
@@ -98,8 +124,8 @@ std::tuple<Tensor, Tensor> decode_step(const Tensor& tokens, const Tensor& lengt
   expect_shape(v_cache, "v_cache", {p.layers, p.batch, p.capacity, p.kv_heads, p.head_dim});
   check_cache(k_cache, "k_cache");
   check_cache(v_cache, "v_cache");
-  expect_shape(tokens, "tokens", {p.batch});
-  expect_type(tokens, "tokens", ScalarType::Long);
+  Cuts cuts;
+  cut_args(p, cuts, tokens, cu_q, cu_chunk, rows);
   expect_shape(embed, "embed", {-1, -1});
   check_cache(embed, "embed");
   p.vocab = embed.size(0), p.dim = embed.size(1);
@@ -136,8 +162,8 @@ std::tuple<Tensor, Tensor> decode_step(const Tensor& tokens, const Tensor& lengt
     expect_type(*profile, "profile", ScalarType::Long);
     p.profile = profile->mutable_data_ptr<int64_t>();
   }
-  Tensor logits = empty_cpu({p.batch, p.vocab}, ScalarType::Float);
-  Tensor mass = empty_cpu({p.batch, p.memory.refs}, ScalarType::Float);
+  Tensor logits = empty_cpu({p.wanted, p.vocab}, ScalarType::Float);
+  Tensor mass = empty_cpu({p.count, p.memory.refs}, ScalarType::Float);
   Tensor workspace = empty_cpu({m3_decode_step_workspace(&p)}, ScalarType::Byte);
   p.workspace = workspace.mutable_data_ptr();
   p.logits = logits.mutable_data_ptr<float>();

@@ -213,6 +213,8 @@ class Llama(nn.Module):
     ) -> Tensor:
         """Append packed tokens to every sequence of the cache, which may already hold some.
 
+        One native call for a bfloat16 model on a CPU (native_step.py), else layer by layer.
+
         tokens int64 [T]; cu int32 [B + 1], empty sequences allowed. read.cu_chunk cuts the T query rows.
         Returns fp32 logits [B, V] of each sequence's last token (zeros for an empty one), or of `rows` [n] -> [n, V].
         Raises ContextFull, before anything is written, when a sequence does not fit.
@@ -228,6 +230,10 @@ class Llama(nn.Module):
         cache.make_room(counts)
         before = list(cache.lengths)
         totals = [a + b for a, b in zip(before, counts, strict=True)]
+        if self._goes_native(cache):
+            logits = self._run_native(tokens, cache, read, cu, rows)
+            cache.lengths = totals
+            return logits
         device, n = tokens.device, cache.capacity
         write = _flat_rows(before, totals, n, device)
         # Keys as they lie: a sequence alone needs no copy; the others are gathered into packed rows.
@@ -284,14 +290,9 @@ class Llama(nn.Module):
         cache.make_room(ones)
         before = list(cache.lengths)
         totals = [a + 1 for a in before]
-        if serves(self) and cache.k.dtype is torch.bfloat16:
-            if self._native is None or not self._native.current():
-                self._native = NativeStep(self)
-            layers = self.memory.layers if self.memory is not None else ()
-            logits, mass = self._native(self.embed.detach(), tokens, cache, read, layers, self._head_maps)
+        if self._goes_native(cache):
+            logits = self._run_native(tokens, cache, read)
             cache.lengths = totals
-            if read is not None and read.collect_mass:
-                read.mass = mass
             return logits
         write = torch.tensor([b * cache.capacity + r for b, r in enumerate(before)], device=device)
         kv_len = torch.tensor(totals, dtype=torch.int32, device=device)
@@ -314,6 +315,22 @@ class Llama(nn.Module):
         hidden = self._run(tokens, cache.positions(ones), attend)
         cache.lengths = totals
         return self.logits(hidden)
+
+    def _goes_native(self, cache: KVCache) -> bool:
+        return serves(self) and cache.k.dtype is torch.bfloat16
+
+    def _run_native(
+        self, tokens: Tensor, cache: KVCache, read: MemoryRead | None, cu: Tensor | None = None,
+        rows: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        """Logits of one native call: one token per sequence, or those of `cu`."""
+        if self._native is None or not self._native.current():
+            self._native = NativeStep(self)
+        layers = self.memory.layers if self.memory is not None else ()
+        logits, mass = self._native(self.embed.detach(), tokens, cache, read, layers, self._head_maps, cu, rows)
+        if read is not None and read.collect_mass:
+            read.mass = mass
+        return logits
 
     def _check_positions(self, offset: int, counts: Sequence[int]) -> None:
         longest = max(counts, default=0)

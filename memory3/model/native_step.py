@@ -1,4 +1,4 @@
-"""Decoding as one native call per token (memory3_kernels.decode_step): the weights of a model as that op takes them."""
+"""Prompts and decoding steps as one native call (memory3_kernels.decode_step): weights as that op takes them."""
 
 from __future__ import annotations
 
@@ -67,9 +67,17 @@ class NativeStep:
         read: MemoryRead | None,
         memory_layers: tuple[int, ...],
         head_map: Tensor | None,
+        cu: Tensor | None = None,
+        rows: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """fp32 logits [B, V] and mass [B, R]; appends to the cache, whose lengths the caller counts up."""
-        memory = () if read is None else (read.kv, read.slots, read.length, read.bias, head_map)
+        """fp32 logits [B, V], or [n, V] of `rows`, and mass [T, R]; the caller counts the cache's lengths up.
+
+        tokens: one per sequence, or packed, with cu [B + 1].
+        """
+        memory = [None] * 5 if read is None else [read.kv, read.slots, read.length, read.bias, head_map]
+        if cu is not None:
+            cut = None if read is None else read.cu_chunk.to(torch.int32)
+            memory += [cu.to(torch.int32), cut, None if rows is None else rows.to(torch.int64)]
         profile = active()
         if profile is not None:
             self._profile.zero_()

@@ -89,6 +89,47 @@ def test_one_call_equals_layer_by_layer(monkeypatch, format, kind, lengths):
     assert rel(cache.k, want.k) < 3e-2 and rel(cache.v, want.v) < 3e-2
 
 
+def prompts(net: Llama, read: MemoryRead | None, new: list[int], rows: list[int] | None = None):
+    """Logits and mass of texts appended to sequences of 0, 5 and 2 rows, and the cache after them."""
+    cache = started(net, [0, 5, 2], read is not None)
+    tokens = torch.arange(sum(new)) * 13 % 200
+    logits = net.prefill(tokens, cu(*new), cache, read, None if rows is None else torch.tensor(rows))
+    return logits, None if read is None else read.mass, cache
+
+
+@pytest.mark.parametrize("format", ["dense", "q8_0", "q4_1"])
+@pytest.mark.parametrize("kind", ["plain", "memory", "bias", "head map"])
+@pytest.mark.parametrize("rows", [None, [0, 11, 4]], ids=["last", "rows"])
+def test_prompts_in_one_call_equal_layer_by_layer(monkeypatch, format, kind, rows):
+    net, new = model(MAPPED if kind == "head map" else MEMORY, format), [12, 0, 21]
+    read = None
+    if kind != "plain":
+        read = reads(net, 5, kind == "bias")
+        read.cu_chunk = torch.tensor([0, 8, 12, 12, 20, 33], dtype=torch.int32)
+    got, mass, cache = prompts(net, copy.copy(read), new, rows)
+    monkeypatch.setattr(llama, "serves", lambda net: False)
+    want, want_mass, want_cache = prompts(net, copy.copy(read), new, rows)
+    assert cache.lengths == want_cache.lengths
+    assert rel(got, want) < 5e-2 and (rows is not None or not got[1].any())
+    assert rel(cache.k, want_cache.k) < 3e-2 and rel(cache.v, want_cache.v) < 3e-2
+    if read is not None:
+        assert mass.shape == want_mass.shape == (33, 3) and torch.allclose(mass, want_mass, atol=2e-2)
+
+
+def test_threads_do_not_change_a_bit_of_a_prompt():
+    net, before, results = model(format="q4_1"), torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            cache = KVCache(CONFIG, 7, 100, net.dtype)
+            tokens = torch.arange(560) * 7 % 200  # more rows than a block holds
+            results.append((net.prefill(tokens, cu(*[80] * 7), cache), cache.k, cache.v))
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(other, results[0], strict=True))
+
+
 @pytest.mark.parametrize("with_memory", [False, True])
 def test_one_call_is_as_accurate_as_layer_by_layer(monkeypatch, with_memory):
     net = model()
@@ -180,6 +221,7 @@ def test_profile_has_the_stages():
     net = model()
     cache = started(net, [3, 2], True)
     with collect() as profile:
+        net.prefill(torch.arange(9), cu(4, 5), cache)
         net.decode(torch.tensor([3, 4]), cache, reads(net, 2))
     assert {"linear", "attention", "other", "Python"} <= set(profile.seconds)
     assert all(seconds >= 0 for seconds in profile.seconds.values()) and profile.seconds["linear"] > 0

@@ -1,4 +1,4 @@
-/* decode_step: one new token per sequence through a whole decoder of the Llama family, in one call.
+/* decode_step: the new tokens of every sequence, one each or many, through a whole decoder of the Llama family, in one call.
  *
  * Per layer: RMSNorm, queries, keys and values, RoPE, keys and values into the cache, attention over cache and records,
  * output, RMSNorm, gate and up, silu(gate) up, down. Then the last norm and the head. Layers that are not named read no
@@ -30,9 +30,14 @@ enum {
 
 typedef struct M3DecodeStepParams {
   int64_t batch, layers, vocab, dim, heads, kv_heads, head_dim, ffn; /* B, L, V, C, Hq, Hkv, D, F */
-  const int64_t* tokens;    /* [B], below vocab */
-  const int32_t* lengths;   /* [B]: cache rows in use before this token, which goes into row lengths[b] */
-  int64_t span;             /* the token's position is lengths[b] + span */
+  int64_t count;            /* T: new tokens, those of a sequence after one another; B where cu_q is null */
+  const int64_t* tokens;    /* [T], below vocab */
+  const int32_t* lengths;   /* [B]: cache rows in use before them; token i of sequence b goes into row lengths[b] + i */
+  int64_t span;             /* its position is that row + span */
+  const int32_t* cu_q;      /* [B + 1]: tokens of sequence b are [cu_q[b], cu_q[b + 1]); null: one each */
+  const int32_t* cu_chunk;  /* [C + 1]: tokens that read the same records; null: those of a sequence */
+  int64_t wanted;           /* tokens whose logits are wanted; B where `rows` is null */
+  const int64_t* rows;      /* [wanted], below T; null: the last of each sequence, zeros for one without */
   const uint16_t* embed;    /* bf16 [V, C] */
   int64_t embed_stride;
   const float* norms;       /* [2 L + 1, C]: before attention, before the feed-forward; the last one before the head */
@@ -47,16 +52,16 @@ typedef struct M3DecodeStepParams {
   int64_t k_stride[4], v_stride[4];
   int64_t memory_layers;         /* Lm; 0: no records, memory is not read */
   const int64_t* memory_layer;   /* [Lm] ascending: the layers that read records */
-  M3Records memory;              /* of the first memory layer; chunks = B; head_map [Lm, Hkv] contiguous or null */
+  M3Records memory;              /* of the first memory layer; chunks = C; head_map [Lm, Hkv] contiguous or null */
   int64_t memory_stride, bias_stride; /* from one memory layer to the next: of memory.k and memory.v; of memory.bias */
   int threads;              /* that may work on it */
   void* workspace;          /* m3_decode_step_workspace bytes, 64-byte aligned */
-  float* logits;            /* [B, V] contiguous */
-  float* mass;              /* [B, R]: mean over memory layers and heads, or null */
+  float* logits;            /* [wanted, V] contiguous */
+  float* mass;              /* [T, R]: mean over memory layers and heads, or null */
   int64_t* profile;         /* [M3_STEP_STAGES] nanoseconds are added, or null */
 } M3DecodeStepParams;
 
-/* Bytes; reads sizes, memory.refs and threads. */
+/* Bytes; reads sizes, memory.chunks and memory.refs, threads, and whether cu_q is null. */
 M3_API int64_t m3_decode_step_workspace(const M3DecodeStepParams* params);
 M3_API m3_status m3_decode_step_cpu(const M3DecodeStepParams* params);
 
