@@ -53,13 +53,21 @@ def emptiest(op: Op, dtype: torch.dtype) -> Case:
     return min((case for case in op.cases() if not case.slow), key=work)
 
 
+def complete(op: Op, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    """The same call as the op's public function makes it: nothing left out, names in the schema's order."""
+    given = dict(zip(op.names, args, strict=False)) | kwargs
+    values = {name: given.get(name, default) for name, default in zip(op.names, op.defaults, strict=True)}
+    named = {a.name: values.pop(a.name) for a in op.overload._schema.arguments if a.kwarg_only}
+    return tuple(values.values()), named
+
+
 def measure(ops: Sequence[Op], dtype: torch.dtype, rounds: int) -> list[dict[str, Any]]:
     """Microseconds per call, median over rounds in which the ops take turns."""
     calls = {}
     for op in ops:
         of = dtype if dtype in op.dtypes else op.dtypes[0]
         case = emptiest(op, of)
-        calls[op.name] = (op, case.id, *operands(case, of))
+        calls[op.name] = (op, case.id, *complete(op, *operands(case, of)))
     seen: dict[str, list[float]] = {name: [] for name in calls}
     with torch.no_grad():
         for _ in range(rounds + 1):

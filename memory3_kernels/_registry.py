@@ -113,7 +113,6 @@ class Op:
             or (_is_grad_enabled() and _any_requires_grad(*args))
             or _dispatch_modes()
             or _transform() is not None
-            or not self.known.issuperset(kwargs)
         ):
             return self._call_with_everything(*args, **kwargs)
         try:
@@ -121,6 +120,10 @@ class Op:
                 if not args[i].is_inference():
                     torch._C._increment_version((args[i],))
             count = len(args)
+            if (*kwargs,) == self.names[count:]:  # as the public functions call: nothing left out, names in order
+                return self.forward(*args, *kwargs.values())
+            if not self.known.issuperset(kwargs):
+                return self.overload(*args, **kwargs)  # which says what is wrong
             return self.forward(*args, *map(kwargs.get, self.names[count:], self.defaults[count:]))
         except RuntimeError:
             if not _any_float64(args):
