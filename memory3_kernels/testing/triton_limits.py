@@ -15,7 +15,7 @@ from .cuda_limits import ASYNC_COPY, LOCAL, REGISTER_FILE
 TENSOR_CORE = "(HMMA|HGMMA|UTC.*MMA)"
 # One element of two bytes at a time where a row is meant.
 NARROW = r"(LDG|STG)\.E\.(U16|S16)"
-ATOMIC = r"(ATOM|ATOMG|ATOMS|RED)\b"
+ATOMIC, SHARED_ATOMIC = r"(ATOM|ATOMG|RED)\b", r"ATOMS\b"
 WIDE_LOAD, WIDE_STORE = r"LD(G\.E|GSTS\.E\S*)\.128", r"STG\.E\.128"
 
 
@@ -31,7 +31,7 @@ class Limits:
 
     warps: int
     present: tuple[str, ...] = ()
-    absent: tuple[str, ...] = (LOCAL, NARROW, ATOMIC)
+    absent: tuple[str, ...] = (LOCAL, NARROW, ATOMIC, SHARED_ATOMIC)
 
     @property
     def registers(self) -> int:
@@ -45,13 +45,14 @@ class Limits:
 FLOAT32_STACK = 32
 
 
-def asked(kernel: str, dtype: torch.dtype) -> tuple[int, tuple[str, ...], tuple[str, ...]]:
-    """(bytes of stack let pass, what must be there, what must not) of a kernel in a type. Float32 decodes without
-    tensor cores, and its tiles are too small for copies that run ahead."""
-    limits = LIMITS[kernel]
-    if dtype is torch.float32:
-        return FLOAT32_STACK, (), tuple(pattern for pattern in limits.absent if pattern != LOCAL)
-    return 0, limits.present, limits.absent
+def asked(kernel: str, dtype: torch.dtype, arch: int) -> tuple[int, tuple[str, ...], list[str]]:
+    """(bytes of stack let pass, what must be there, what must not) of a kernel in a type on an architecture. Float32
+    decodes without tensor cores, and its tiles are too small for copies that run ahead. On sm_100 products lie in
+    tensor memory, and what hands that out to blocks is an atomic of its own in shared memory (tcgen05.alloc)."""
+    limits, exact = LIMITS[kernel], dtype is torch.float32
+    let_pass = {LOCAL: exact, SHARED_ATOMIC: arch == 100}
+    absent = [pattern for pattern in limits.absent if not let_pass.get(pattern)]
+    return (FLOAT32_STACK if exact else 0), (() if exact else limits.present), absent
 
 
 # What the PTX interpreter counts, for every kernel. Bytes a call moves, each once per launch, against its compulsory

@@ -108,7 +108,7 @@ def test_resources(name, make, dtype, arch, record_property):
 
     for launch in launches(name, make, dtype):
         found = figures(launch, arch)
-        stack, present, absent = asked(found.kernel, dtype)
+        stack, present, absent = asked(found.kernel, dtype, arch)
         where, wanted = f"{found.kernel} on sm_{arch} {launch.constants}", LIMITS[found.kernel].registers
         assert not found.faults(stack), f"{where}: {found.faults(stack)}"
         assert found.registers <= wanted, f"{where}: {found.registers} registers, {wanted} wanted"
