@@ -36,7 +36,8 @@ from simt import sources  # noqa: E402
 
 PTX_TESTS = tuple(f"tests/gpu/test_cuda_{name}.py" for name in ("ptx", "attention", "decode", "records"))
 CONTRACTS = ("memory3_kernels/_registry.py", "memory3_kernels/testing/compare.py", "tests/test_ops.py")
-CALLS = tuple(f"tests/simt/{name}.py" for name in ("__init__", "build", "host", "*cases", "fuzz"))
+CALLS = tuple(f"tests/simt/{name}.py" for name in ("__init__", "build", "host", "*cases"))
+FUZZ = ("tests/simt/fuzz.py",)
 SCHEDULES = ("tests/simt/record_cases.py", "tests/simt/schedules.py")
 LIMITS = ("memory3_kernels/testing/cuda_limits.py", "memory3_kernels/testing/triton_limits.py")
 NVCC, PTX = ("tests/simt/nvcc.py",), ("tests/simt/ptx.py", "memory3_kernels/testing/triton_ptx.py", LIMITS[0])
@@ -87,11 +88,11 @@ STAGES = {
         Stage("simt", ("tests/gpu/simulated.py",), "CUDA kernels on the SIMT host, sanitized, several schedules",
               (sources.host, sources.contract, *CALLS, *CONTRACTS), _sanitized),
         Stage("fuzz", ("tests/gpu/fuzzed.py",), "random calls on the SIMT host, sanitized",
-              (sources.host, sources.contract, *CALLS, *CONTRACTS), _sanitized),
+              (sources.host, sources.contract, *CALLS, *FUZZ, *CONTRACTS), _sanitized),
         Stage("ptx", PTX_TESTS, "nvcc's PTX in the PTX interpreter: results, hazards, traffic",
               (sources.host, sources.contract, *NVCC, *PTX, *CALLS, *SCHEDULES, *CONTRACTS)),
         Stage("fuzz-ptx", ("tests/gpu/fuzzed.py",), "random calls in the PTX interpreter",
-              (sources.host, sources.contract, *NVCC, *PTX, *CALLS, *CONTRACTS)),
+              (sources.host, sources.contract, *NVCC, *PTX, *CALLS, *FUZZ, *CONTRACTS)),
         Stage("triton-interpreter", ("tests/gpu/interpreter_rules.py", "tests/gpu/interpreted.py"),
               "Triton kernels in Triton's interpreter, bounds and races checked",
               (sources.contract, *TRITON, *CONTRACTS), lambda: {"TRITON_INTERPRET": "1"}),

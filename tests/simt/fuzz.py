@@ -57,9 +57,10 @@ def _attention(draw: random.Random, dim: int) -> samples.Spec:
     return _spec(draw, sequences, dim, chunk=draw.choice((1, 7, 16, 64, 65)))
 
 
-def _code(draw: random.Random, dim: int) -> tuple[int, int, int]:
-    """Bits of the coarse code, pieces and bits of the fine one."""
-    return draw.randint(4, 9), draw.choice([m for m in (1, 2, 4, 5, 8, 16, 20) if dim % m == 0]), draw.randint(4, 10)
+def _code(draw: random.Random, dim: int, width: int = 1) -> tuple[int, int, int]:
+    """Bits of the coarse code, pieces and bits of the fine one; a piece is a multiple of `width` values."""
+    pieces = [m for m in (1, 2, 4, 5, 8, 16, 20) if dim % (m * width) == 0]
+    return draw.randint(4, 9), draw.choice(pieces), draw.randint(4, 10)
 
 
 def _call(op: str, draw: random.Random) -> Callable:
@@ -89,12 +90,12 @@ def _call(op: str, draw: random.Random) -> Callable:
         return scatter_memory._sample(slots, (draw.randint(1, 3), draw.randint(1, 4), width), wanted)
     tables = {"rotate": draw.random() < 0.7, "half_tables": draw.random() < 0.5}
     if op == "vq_dequantize":
-        return vq_dequantize._sample((draw.randint(0, 90),), dim, *_code(draw, dim), **tables)
+        return vq_dequantize._sample((draw.randint(0, 90),), dim, *_code(draw, dim, width=2), **tables)
     if op == "gather_dequantize":
         slots = draw.randint(1, 5)
         wanted = [draw.randint(-1, slots - 1) for _ in range(draw.randint(0, 6))]
         return gather_dequantize._sample(slots, wanted, draw.randint(1, 3), draw.randint(1, 20), dim,
-                                         *_code(draw, dim), view=draw.random() < 0.5, **tables)  # fmt: skip
+                                         *_code(draw, dim, width=2), view=draw.random() < 0.5, **tables)  # fmt: skip
     if op == "merge_attention_states":
         return merge_attention_states._sample(draw.randint(4, 50), draw.randint(1, 9), dim, empty=draw.random() < 0.5)
     raise KeyError(f"no random calls are made for {op}")
