@@ -97,7 +97,11 @@ def _fix_arithmetic() -> None:
         if a.dtype.scalar == tl.float32 and str(precision).upper().endswith("TF32"):
             a, b = (_Handle(to_tf32(x.data), tl.float32) for x in (a, b))
         a, b = _wide(a), _wide(b)
-        return stock["create_dot"](self, a, b, accumulator, precision, *rest)
+        if not a.dtype.scalar.is_floating():
+            return stock["create_dot"](self, a, b, accumulator, precision, *rest)
+        # A float32 product of BLAS rounds equal columns differently by where they lie; a tensor core does not.
+        exact = np.matmul(a.data.astype(np.float64), b.data.astype(np.float64))
+        return _Handle(exact.astype(accumulator.data.dtype) + accumulator.data, accumulator.dtype.scalar)
 
     def create_fma(self, x, y, z):
         if not _is_bf16(z):
