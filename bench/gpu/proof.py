@@ -41,7 +41,8 @@ FUZZ = ("tests/simt/fuzz.py",)
 SCHEDULES = ("tests/simt/record_cases.py", "tests/simt/schedules.py")
 LIMITS = ("memory3_kernels/testing/cuda_limits.py", "memory3_kernels/testing/triton_limits.py")
 NVCC, PTX = ("tests/simt/nvcc.py",), ("tests/simt/ptx.py", "memory3_kernels/testing/triton_ptx.py", LIMITS[0])
-TRITON = ("memory3_kernels/triton/*.py", "memory3_kernels/testing/triton_[ip]*.py", LIMITS[0])
+TRITON = ("memory3_kernels/triton/*.py", "memory3_kernels/testing/triton_ptx.py", LIMITS[0])
+INTERPRETER = ("memory3_kernels/triton/*.py", "memory3_kernels/testing/triton_interpreter.py")
 BUGS = ("tests/simt/bugs/*", "tests/simt/planted*.py")
 
 
@@ -95,7 +96,7 @@ STAGES = {
               (sources.host, sources.contract, *NVCC, *PTX, *CALLS, *FUZZ, *CONTRACTS)),
         Stage("triton-interpreter", ("tests/gpu/interpreter_rules.py", "tests/gpu/interpreted.py"),
               "Triton kernels in Triton's interpreter, bounds and races checked",
-              (sources.contract, *TRITON, *CONTRACTS), lambda: {"TRITON_INTERPRET": "1"}),
+              (sources.contract, *INTERPRETER, *CONTRACTS), lambda: {"TRITON_INTERPRET": "1"}),
         Stage("triton-compile", ("tests/gpu/test_triton_compile.py",), "Triton kernels compiled per arch: resources",
               (sources.contract, *TRITON, *LIMITS, *CONTRACTS)),
         Stage("triton-ptx", ("tests/gpu/test_triton_ptx.py",),
