@@ -35,7 +35,7 @@ sys.path.append(str(ROOT / "tests"))
 from simt import sources  # noqa: E402
 
 PTX_TESTS = tuple(f"tests/gpu/test_cuda_{name}.py" for name in ("ptx", "attention", "decode", "records"))
-CONTRACTS = ("memory3_kernels/_registry.py", "memory3_kernels/testing/compare.py", "tests/test_ops.py")
+CONTRACTS = ("memory3_kernels/testing/compare.py", "tests/test_ops.py")
 CALLS = tuple(f"tests/simt/{name}.py" for name in ("__init__", "build", "host", "*cases"))
 FUZZ = ("tests/simt/fuzz.py",)
 SCHEDULES = ("tests/simt/record_cases.py", "tests/simt/schedules.py")
