@@ -41,8 +41,8 @@ FUZZ = ("tests/simt/fuzz.py",)
 SCHEDULES = ("tests/simt/record_cases.py", "tests/simt/schedules.py")
 LIMITS = ("memory3_kernels/testing/cuda_limits.py", "memory3_kernels/testing/triton_limits.py")
 NVCC, PTX = ("tests/simt/nvcc.py",), ("tests/simt/ptx.py", "memory3_kernels/testing/triton_ptx.py", LIMITS[0])
-TRITON = ("memory3_kernels/triton/*.py", "memory3_kernels/testing/triton_ptx.py", LIMITS[0])
-INTERPRETER = ("memory3_kernels/triton/*.py", "memory3_kernels/testing/triton_interpreter.py")
+TRITON = (sources.triton, "memory3_kernels/testing/triton_ptx.py", LIMITS[0])
+INTERPRETER = (sources.triton, "memory3_kernels/testing/triton_interpreter.py")
 BUGS = ("tests/simt/bugs/*", "tests/simt/planted*.py")
 
 

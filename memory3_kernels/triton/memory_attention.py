@@ -105,7 +105,9 @@ def launch(outputs, q, k, v, cu_q, cu_k, cu_chunk, *records, scale: float, max_c
     out, lse, mass = outputs
     packed, dim, size = constants["G"] * max(max_chunk, 1), q.shape[2], q.element_size()
     tile = _heuristics.prefill_tile(packed, dim, size)
-    record = _heuristics.record_tile(mass.shape[2], constants["K"], dim, size, most=tile.tokens)
+    # 64 lanes of records beside 64 tokens of context are two registers too many for three blocks per multiprocessor of
+    # sm_86, and ptxas would spill them.
+    record = _heuristics.record_tile(mass.shape[2], constants["K"], dim, size, most=min(tile.tokens, 32))
     blocks = triton.cdiv(packed, tile.rows)
     args |= {"out": out, "lse": lse, "mass": mass, "blocks": blocks, "scale": scale}
     constants |= {"M": tile.rows, "N": tile.tokens, "KP": record.padded, "LANES": record.lanes}

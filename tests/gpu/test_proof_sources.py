@@ -50,3 +50,12 @@ def test_contracts_are_followed():
     names = {path.stem for path in sources.contract("memory_decode_coded")}
     assert {"memory_decode_coded", "memory_decode", "_codec", "_checks"} <= names
     assert not {"decode_step", "packed_linear"} & {path.stem for path in sources.contract()}
+
+
+def test_ops_do_not_import_each_others_triton_kernels():
+    """What a record depends on is the op's own file and the shared ones, whose names begin with an underscore."""
+    own = {path.stem for path in sources.TRITON.glob("[!_]*.py")}
+    for path in sources.TRITON.glob("*.py"):
+        imported = re.findall(r"^\s*from \.(\w*) import ([\w, ]+)", path.read_text(), re.MULTILINE)
+        names = {name for module, parts in imported for name in ([module] if module else re.findall(r"\w+", parts))}
+        assert not names & own, f"{path.name} imports {names & own}"

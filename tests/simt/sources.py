@@ -1,4 +1,4 @@
-"""Which files of the repository a CUDA kernel, or an op's contract, is made from: what it names, followed."""
+"""Which files of the repository a kernel for GPUs, or an op's contract, is made from: what it names, followed."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 CSRC = ROOT / "csrc"
 OPS = ROOT / "memory3_kernels" / "ops"
+TRITON = ROOT / "memory3_kernels" / "triton"
 HERE = Path(__file__).parent
 
 
@@ -51,3 +52,8 @@ def contract(op: str = "*") -> set[Path]:
     """The contract of an op, or of all that have CUDA kernels, and the modules of ops/ that it uses."""
     names = [path.stem for path in CSRC.glob("torch/cuda/*.cpp")] if op == "*" else [op]
     return _followed((OPS / f"{name}.py" for name in names if (OPS / f"{name}.py").is_file()), _imports)
+
+
+def triton(op: str = "*") -> set[Path]:
+    """The Triton kernels of an op: its file and what all share."""
+    return {*TRITON.glob("_*.py"), *TRITON.glob(f"{op}.py")}
