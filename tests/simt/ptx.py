@@ -69,7 +69,8 @@ class Run:
         for first, size, fresh in self._known():
             if first not in have:
                 data = np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(first))
-                memory = interpreter().Buffer(data, uninit=fresh, align=256 if first % 256 == 0 else 16)
+                align = 256 if first % 256 == 0 else 16
+                memory = interpreter().Buffer(data, uninit=fresh, name=f"{first:x}", align=align)
                 self._buffers.append((first, size, memory))
 
     def __call__(self, launch, symbol: bytes) -> int:
