@@ -250,7 +250,9 @@ def launches(
     constants = {"G": group, "D": dim, "DP": width, "M": tile.rows, "N": tile.tokens, "PAGE": page}
     constants |= {"K": tokens, "KP": record.padded, "LANES": record.lanes, "BIAS": mem_bias is not None}
     constants |= {"MAPPED": head_map is not None, "FUSED": parts == 1, "PRECISION": exact, "MEM_PRECISION": exact}
-    constants |= {"ROT_PRECISION": "ieee" if exact == "ieee" else "tf32x3", "DEPTH": 16} | code_constants
+    # Of a query tile of 16 rows each of 8 warps' threads has two elements, a word, from 32 columns on.
+    depth = 32 if tile.warps == 8 and size == 2 else 16
+    constants |= {"ROT_PRECISION": "ieee" if exact == "ieee" else "tf32x3", "DEPTH": depth} | code_constants
     dense = () if k_book is not None else (mem_k, mem_v)
     constants["VECTOR"] = vector(q, k_cache, v_cache, *dense)
     divide(args, constants["VECTOR"], "q_", "kc_", "vc_", *(() if k_book is not None else RECORD_STRIDES))

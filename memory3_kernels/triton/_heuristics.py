@@ -33,8 +33,9 @@ def record_tile(refs: int, tokens: int, dim: int, element_size: int, coded: bool
                 most: int = 64) -> RecordTile:  # fmt: skip
     """How many record tokens a tile has: all of them if few, at most `most` lanes or 16 KiB each of keys and values,
     what a context tile takes, at least 16, the smallest product of tensor cores. Coded ones 16: each value of a tile
-    is gathered by an address of its own, and 32 lanes x 128 values fill 255 registers of 128 threads."""
-    most = 16 if coded else max(16, min(most, 16384 // (power_of_two(dim, 16) * element_size)))
+    is gathered by an address of its own, and 32 lanes x 128 values fill 255 registers of 128 threads. 16 beyond 128
+    values too: with 32 lanes decode_kernel has 8 to 16 bytes of stack on sm_90 and sm_100."""
+    most = 16 if coded or dim > 128 else max(16, min(most, 16384 // (power_of_two(dim, 16) * element_size)))
     padded = min(power_of_two(max(tokens, 1)), most)
     lanes = min(most, power_of_two(max(refs, 1) * padded, 16))
     return RecordTile(lanes, min(padded, lanes))
@@ -128,14 +129,15 @@ class GradientTile(NamedTuple):
 
 
 # (M, N, warps) of query_gradient_tile and (M, most N) of key_gradient_tile, by the power of two above the head dim.
-QUERY_GRADIENT_TILES = {64: (64, 32, 4), 128: (64, 32, 8), 256: (32, 32, 8)}
+QUERY_GRADIENT_TILES = {64: (64, 32, 4), 128: (64, 32, 8), 256: (16, 16, 4)}
 KEY_GRADIENT_TILES = {64: (32, 64), 128: (32, 64), 256: (32, 32)}
 
 
 def query_gradient_tile(packed_rows: int, dim: int, element_size: int) -> GradientTile:
     """Tiles of dq. Fragments of q and of grad_out stay in registers beside M x DP accumulators, and scores and their
     gradients are two tiles of M x N: rows or head dim are shared by twice the warps of the forward, or half as many
-    rows are taken. Float32: see prefill_tile."""
+    rows are taken; at 256 values a quarter, since 32 rows leave 24 to 32 bytes of stack on sm_100 and sm_120. Float32:
+    see prefill_tile."""
     rows, tokens, warps = (16, 16, 4) if element_size == 4 else QUERY_GRADIENT_TILES[max(64, power_of_two(dim))]
     return GradientTile(min(rows, power_of_two(packed_rows, 16)), tokens, warps, stages=2)
 
