@@ -111,14 +111,15 @@ def select_tile(keys: int, dim: int, element_size: int) -> SelectTile:
     All keys of a reference in one tile up to 64 KiB, beside the query tiles' 2 x 16 KiB within the 99 KiB of sm_86;
     else 32 KiB. Scores and column sums, up to three float32 tiles of M x N values, are 96 registers of 256 threads:
     there is one program per (reference, KV head), often fewer than multiprocessors, so that it takes 8 warps of each.
-    Half the keys and a quarter of the rows for float32, whose products in three parts have operands of twice the size,
-    twice.
+    At most 32 rows of 512 bytes or more: 64 leave 8 to 24 bytes of stack from sm_86 on. Half the keys and a quarter of
+    the rows for float32, whose products in three parts have operands of twice the size, twice.
     """
     row, part = power_of_two(dim, 16) * element_size, element_size // 2
     wanted = power_of_two(max(keys, 1), 16)
     whole = wanted <= 256 and wanted * row <= 65536 // part
     tile = wanted if whole else min(wanted, 128, max(16, 32768 // part // row))
-    return SelectTile(rows=max(16, min(64, 8192 // tile) // part**2), keys=tile, whole=whole, warps=8, stages=2)
+    most = 64 if row <= 256 else 32
+    return SelectTile(rows=max(16, min(most, 8192 // tile) // part**2), keys=tile, whole=whole, warps=8, stages=2)
 
 
 class GradientTile(NamedTuple):
