@@ -18,7 +18,7 @@ BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 def scatter_records_kernel(
     arena, records, slots, count, capacity, blocks, size, middle, inner,
     a_slot, a_outer, a_middle, a_inner, r_record, r_outer, r_middle, r_inner, s_record,
-    BLOCK: tl.constexpr, SEEN: tl.constexpr,
+    BLOCK: tl.constexpr, SEEN: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     n = tl.program_id(0) // blocks
     slot = tl.load(slots + n.to(tl.int64) * s_record)
@@ -28,8 +28,11 @@ def scatter_records_kernel(
         same = tl.load(slots + other.to(tl.int64) * s_record, mask=other < count, other=-1) == slot
         later += tl.sum(same.to(tl.int32), 0)
     if (slot >= 0) & (slot < capacity) & (later == 0):
-        e = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-        x, y, z = e // inner // middle, e // inner % middle, e % inner
+        block = tl.program_id(0) % blocks
+        if WIDE:  # else words of 32 bits: divisions of 64 are calls, with a stack
+            block = block.to(tl.int64)
+        e = block * BLOCK + tl.arange(0, BLOCK)
+        x, y, z = (e // inner // middle).to(tl.int64), (e // inner % middle).to(tl.int64), (e % inner).to(tl.int64)
         source = records + n.to(tl.int64) * r_record + x * r_outer + y * r_middle + z * r_inner
         target = arena + slot.to(tl.int64) * a_slot + x * a_outer + y * a_middle + z * a_inner
         tl.store(target, tl.load(source, mask=e < size), mask=e < size)
@@ -84,7 +87,8 @@ def launches(arena: Tensor, records: Tensor, slots: Tensor) -> list[Launch]:
     args |= {"a_slot": arena.stride(0), "a_outer": dims[0][1], "a_middle": dims[1][1], "a_inner": dims[2][1]}
     args |= {"r_record": records.stride(0), "r_outer": dims[0][2], "r_middle": dims[1][2], "r_inner": dims[2][2]}
     args |= {"s_record": slots.stride(0)}
-    return [Launch(scatter_records_kernel, (blocks * slots.shape[0],), args, {"BLOCK": block, "SEEN": 128})]
+    constants = {"BLOCK": block, "SEEN": 128, "WIDE": size + block >= 2**31}
+    return [Launch(scatter_records_kernel, (blocks * slots.shape[0],), args, constants)]
 
 
 def call(arena: Tensor, records: Tensor, slots: Tensor) -> None:
