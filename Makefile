@@ -19,7 +19,7 @@ NATIVE_SOURCES := $(shell find csrc _build -name '*.cpp' -o -name '*.cu*' -o -na
 help:
 	@echo "make demo    set up everything, write a bank of references, answer questions three ways (minutes)"
 	@echo "make test    the whole test suite, no GPU needed"
-	@echo "make test-avx512  the AVX-512 kernels on a CPU without it, emulated"
+	@echo "make test-avx512  the AVX-512 and AMX kernels on a CPU without them, emulated"
 	@echo "make lint    ruff (format and rules)"
 	@echo "make build   recompile the native libraries after an edit in csrc/"
 	@echo "make bench   ops, and decoding speed with and without memory"
@@ -51,10 +51,10 @@ test: setup data
 	$(PY) -m pytest tests
 	M3_NATIVE=0 $(PY) -m pytest tests/test_ops.py
 
-# For a CPU with AVX2 alone: the AVX-512 kernels as AVX2 code.
+# For a CPU with AVX2 alone: the AVX-512 and AMX kernels as AVX2 code.
 test-avx512: setup
 	$(PY) _build/native.py --emulate-avx512
-	M3_LIB_DIR=build/emulated/lib $(PY) -m pytest tests/test_ops.py -k native-avx512
+	M3_LIB_DIR=build/emulated/lib $(PY) -m pytest tests/test_ops.py -k 'native-avx512 or native-amx'
 
 lint: setup
 	$(PY) -m ruff check .

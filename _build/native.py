@@ -2,7 +2,7 @@
 
     python _build/native.py            build in place (what `pip install -e .` and `make build` do)
     python _build/native.py --commands print the compiler lines and stop
-    python _build/native.py --emulate-avx512   AVX-512 levels emulated on AVX2, for tests: build/emulated/lib
+    python _build/native.py --emulate-avx512   AVX-512 and AMX levels emulated on AVX2, for tests: build/emulated/lib
 
 Products, all inside `memory3_kernels/lib/` but the last:
     libm3_cpu.so     csrc/common and csrc/<op>: no torch; `*.simd.cpp` once per SIMD level
@@ -44,14 +44,18 @@ if platform.machine() in ("x86_64", "AMD64"):
     LEVELS["avx2"] = ["-mavx2", "-mfma", "-mf16c"]
     LEVELS["avx512"] = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c"]
     LEVELS["avx512bf16"] = [*LEVELS["avx512"], "-mavx512bf16", "-mavx512vnni"]
+    LEVELS["amx"] = [*LEVELS["avx512bf16"], "-mamx-tile", "-mamx-bf16"]
 EMULATED = ROOT / "build" / "emulated"  # a folder for M3_LIB_DIR is its lib/
 
 
 def emulated_levels() -> dict[str, list[str]]:
-    """The AVX-512 levels as AVX2 code: for tests on a CPU without them (tests/emulation/avx512.h)."""
+    """The AVX-512 and AMX levels as AVX2 code: for tests on a CPU without them (tests/emulation)."""
     # -O1: nobody times them, and GCC takes minutes over vectors that it has to split.
-    shim = [*LEVELS["avx2"], "-O1", "-include", str(ROOT / "tests" / "emulation" / "avx512.h")]
-    return LEVELS | {"avx512": shim, "avx512bf16": [*shim, "-DM3_EMULATE_BF16"]}
+    shims = ROOT / "tests" / "emulation"
+    avx512 = [*LEVELS["avx2"], "-O1", "-include", str(shims / "avx512.h")]
+    bf16 = [*avx512, "-DM3_EMULATE_BF16"]
+    amx = [*bf16, "-include", str(shims / "amx.h"), "-DM3_EMULATE_AMX"]
+    return LEVELS | {"avx512": avx512, "avx512bf16": bf16, "amx": amx}
 
 
 def jobs() -> int:

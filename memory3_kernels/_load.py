@@ -13,7 +13,7 @@ LIB_DIR = Path(os.environ.get("M3_LIB_DIR") or Path(__file__).parent / "lib")  #
 CPU_LIBRARY = LIB_DIR / "libm3_cpu.so"
 TORCH_LIBRARY = LIB_DIR / "libm3_torch.so"
 
-SIMD_LEVELS = ("none", "avx2", "avx512", "avx512bf16")
+SIMD_LEVELS = ("none", "avx2", "avx512", "avx512bf16", "amx")
 
 _core: ctypes.CDLL | None = None
 _reason: str | None = None

@@ -141,7 +141,7 @@ def pack_record(
 
 
 def simd_level() -> str:
-    """The SIMD level native kernels run at: "none", "avx2", "avx512" or "avx512bf16".
+    """The SIMD level native kernels run at: "none", "avx2", "avx512", "avx512bf16" or "amx".
 
     One setting per process, shared with torch.
     """

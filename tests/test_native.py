@@ -106,7 +106,7 @@ def test_every_level_the_cpu_has_can_be_set(core, level):
 def test_unknown_level(core, level):
     before = core.m3_simd()
     assert core.m3_set_simd(b"mmx") == INVALID
-    assert core.m3_last_error() == b"SIMD level: expected none, avx2, avx512 or avx512bf16, got mmx"
+    assert core.m3_last_error() == b"SIMD level: expected none, avx2, avx512, avx512bf16 or amx, got mmx"
     assert core.m3_simd() == before
 
 

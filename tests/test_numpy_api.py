@@ -177,7 +177,7 @@ def test_level_is_shared_with_torch():
         assert numpy_api.simd_level() == "none"
         if _load.native_reason() is None:
             assert _load.simd_level() == "none"
-        with pytest.raises(ValueError, match="expected none, avx2, avx512 or avx512bf16, got sse9"):
+        with pytest.raises(ValueError, match="expected none, avx2, avx512, avx512bf16 or amx, got sse9"):
             numpy_api.set_simd_level("sse9")
     finally:
         numpy_api.set_simd_level(before)

@@ -52,7 +52,7 @@ def is_level(name: str, level: str) -> bool:
 
 def test_disassembly_shows_wide_code_where_it_belongs(disassembly):
     """The checks below look at something: kernels of all levels are there, all but one of them wide."""
-    for level, pattern in (("avx2", r"%ymm\d"), ("avx512", r"%zmm\d"), ("avx512bf16", "bf16")):
+    for level, pattern in (("avx2", r"%ymm\d"), ("avx512", r"%zmm\d"), ("avx512bf16", "bf16"), ("amx", "tdpbf16ps")):
         wide = [n for n, lines in disassembly.items() if is_level(n, level) and re.search(pattern, "\n".join(lines))]
         assert wide, f"no {level} kernel uses {pattern}"
     assert any(is_level(name, "none") for name in disassembly)
@@ -116,7 +116,7 @@ def test_level_is_restored_after_a_block():
     with _load.use_simd_level("none"):
         assert _load.simd_level() == "none"
     assert _load.simd_level() == before
-    refusal = pytest.raises(RuntimeError, match="expected none, avx2, avx512 or avx512bf16, got neon")
+    refusal = pytest.raises(RuntimeError, match="expected none, avx2, avx512, avx512bf16 or amx, got neon")
     with refusal, _load.use_simd_level("neon"):
         pass
     assert _load.simd_level() == before

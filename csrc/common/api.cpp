@@ -11,6 +11,11 @@
 #include "common/parallel.h"
 #include "common/simd.h"
 
+#if defined(M3_HAVE_X86_LEVELS)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace m3 {
 namespace {
 
@@ -18,25 +23,36 @@ thread_local char last_error[512] = "";
 std::atomic<int> current_level{-1};  // -1: not chosen yet
 std::atomic<m3_parallel_fn> parallel_hook{nullptr};
 
-constexpr const char* kLevelNames[] = {"none", "avx2", "avx512", "avx512bf16"};
+constexpr const char* kLevelNames[] = {"none", "avx2", "avx512", "avx512bf16", "amx"};
+
+#if defined(M3_HAVE_X86_LEVELS)
+// Linux hands out the 8 KiB of tile registers on request, once for a process; a refusal (an old kernel, a signal stack too
+// small for them) is final.
+bool tiles_granted() {
+  constexpr int kRequest = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  static const bool granted = syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
+  return granted;
+}
+#endif
 
 int best_level() {
 #if defined(M3_EMULATE_AVX512)  // a build for tests: every level is AVX2 code
-  return 3;
+  return 4;
 #elif defined(M3_HAVE_X86_LEVELS)
   __builtin_cpu_init();
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
   const bool bf16 = __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni");
-  return avx2 ? (avx512 ? (bf16 ? 3 : 2) : 1) : 0;
+  const bool amx = __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-bf16");
+  return avx2 ? (avx512 ? (bf16 ? (amx && tiles_granted() ? 4 : 3) : 2) : 1) : 0;
 #else
   return 0;
 #endif
 }
 
 int level_by_name(const char* name) {
-  for (int i = 0; i < 4; ++i)
+  for (int i = 0; i < 5; ++i)
     if (std::strcmp(name, kLevelNames[i]) == 0) return i;
   return -1;
 }
@@ -84,7 +100,7 @@ const char* m3_simd(void) { return m3::kLevelNames[static_cast<int>(m3::simd_lev
 
 m3_status m3_set_simd(const char* level) {
   const int wanted = m3::level_by_name(level);
-  if (wanted < 0) return m3::fail(M3_INVALID, "SIMD level: expected none, avx2, avx512 or avx512bf16, got %s", level);
+  if (wanted < 0) return m3::fail(M3_INVALID, "SIMD level: expected none, avx2, avx512, avx512bf16 or amx, got %s", level);
   if (wanted > m3::best_level())
     return m3::fail(M3_UNSUPPORTED, "SIMD level %s: this CPU or build only has %s", level,
                     m3::kLevelNames[m3::best_level()]);

@@ -3,13 +3,16 @@
 // expand four tiles into a panel first and multiply it again and again.
 #include "packed_linear/by_floats.h"
 #include "packed_linear/by_pairs.h"
+#include "packed_linear/by_tiles.h"
 #include "packed_linear/sums.h"
 
 namespace m3 {
 namespace M3_LEVEL {
 namespace {
 
-#if defined(__AVX512BF16__)
+#if defined(__AMX_BF16__)
+typedef ByTiles Products;
+#elif defined(__AVX512BF16__)
 typedef ByPairs Products;
 #else
 typedef ByFloats Products;

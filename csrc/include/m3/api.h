@@ -31,7 +31,8 @@ typedef enum m3_dtype {
 M3_API const char* m3_last_error(void);
 M3_API const char* m3_version(void);
 
-/* "none", "avx2", "avx512" or "avx512bf16": the level kernels run at. First use reads M3_SIMD, else takes the best the CPU has. */
+/* "none", "avx2", "avx512", "avx512bf16" or "amx": the level kernels run at. First use reads M3_SIMD, else takes the best
+ * that CPU and kernel have. */
 M3_API const char* m3_simd(void);
 /* Forces a level; M3_INVALID for an unknown name, M3_UNSUPPORTED where the CPU or the build lacks it. */
 M3_API m3_status m3_set_simd(const char* level);
