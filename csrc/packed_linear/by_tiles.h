@@ -200,14 +200,21 @@ struct ByTiles {
           }
         }
         if constexpr (W::kShifted)
-          for (int64_t i = 0; i < rows; ++i)
-            memcpy(few.sums[i], p.sums + (row + i) * total + first, sizeof(float) * blocks);
+          for (int64_t i = 0; i < rows; ++i) copy(p.sums + (row + i) * total + first, blocks, few.sums[i]);
         const uint16_t* x = p.x + row * p.x_stride + first * M3_PACKED_COLS;
         if (rows > 8)
           multiply_scaled<16>(x, p.x_stride, weight, first, blocks, rows, sum, pitch);
         else
           multiply_scaled<8>(x, p.x_stride, weight, first, blocks, rows, sum, pitch);
       });
+    }
+
+    // memcpy of a few floats, without the call.
+    static void copy(const float* from, int64_t count, float* to) {
+      int64_t i = 0;
+      for (; i + 4 <= count; i += 4) memcpy(to + i, from + i, 4 * sizeof(float));
+      if (count & 2) memcpy(to + i, from + i, 2 * sizeof(float)), i += 2;
+      if (count & 1) to[i] = from[i];
     }
 
     void product(const uint16_t* x, int64_t stride, int64_t block) {
