@@ -1,7 +1,7 @@
 // One item: a KV head x a block of rows of one chunk. Records first, then the context up to the block's last row.
 #include "m3/memory_attention.h"
 
-#include "common/attention_walk.h"
+#include "common/attention_columns.h"
 #include "common/row_blocks.h"
 
 namespace m3 {
@@ -47,6 +47,61 @@ void attend(const M3MemoryAttentionParams& p, const RowBlocks& blocks, int64_t b
     finish(tile, 0, static_cast<T*>(p.out), p.lse, p.heads, row, head * group, rows, group);
   }
 }
+
+#if defined(__AMX_BF16__)
+
+// The same, of bf16, on tile registers. Blocks of rows of one chunk and head come one after the other: those that fall
+// to one thread share what is done to keys and values. The operations on a query vector are the same in any company.
+template <>
+void attend<BF16>(const M3MemoryAttentionParams& p, const RowBlocks& blocks, int64_t begin, int64_t end) {
+  const int group = static_cast<int>(p.heads / p.kv_heads), dim = static_cast<int>(p.dim);
+  const int64_t together = QueryColumns::most(dim) / (blocks.rows * group);
+  TileRegisters tiles;
+  QueryColumns tile;
+  KeyBlock<BF16> block;
+  int seen[kStripes * kStripe];
+  for (int64_t item = begin, next; item < end; item = next) {
+    const int64_t first = item % blocks.count, head = item / blocks.count % p.kv_heads, chunks = p.memory.chunks;
+    int64_t taken = blocks.count - first < together ? blocks.count - first : together;
+    taken = end - item < taken ? end - item : taken;
+    next = item + taken;
+    const int64_t turn = item / blocks.count / p.kv_heads, chunk = turn % 2 ? chunks - 1 - turn / 2 : turn / 2;
+    const int64_t row = p.cu_chunk[chunk] + first * blocks.rows, left = p.cu_chunk[chunk + 1] - row;
+    if (left <= 0) continue;
+    const int rows = static_cast<int>(left < taken * blocks.rows ? left : taken * blocks.rows);
+    const auto place = [&](int i) { return (row + i / group) * p.heads + head * group + i % group; };
+    tile.begin(rows * group, dim, p.scale, p.memory.refs);
+    tile.load_rows(static_cast<const BF16*>(p.q) + row * p.q_stride[0] + head * group * p.q_stride[1], p.q_stride[0],
+                   p.q_stride[1], group);
+    for (int i = 0; i < rows * group; ++i) {
+      float* to = p.mass + place(i) * p.memory.refs;
+      for (int64_t r = 0; r < p.memory.refs; ++r) to[r] = 0.f;
+      tile.set_mass(i, to);
+    }
+
+    const int64_t from = record_head(p.memory, head);
+    if (from >= 0)
+      for_each_record_block(p.memory, chunk, from, block,
+                            [&](const KeyBlock<BF16>& keys) { tile.consume(tiles, keys, nullptr); });
+    block.biased = false;
+    if (p.k != nullptr) {
+      const int64_t b = sequence_of(p.cu_q, p.sequences, row), first_key = p.cu_k[b];
+      const int64_t limit = (p.cu_k[b + 1] - first_key) - (p.cu_q[b + 1] - p.cu_q[b]) + (row - p.cu_q[b]) + 1;
+      const BF16* k = static_cast<const BF16*>(p.k) + first_key * p.k_stride[0] + head * p.k_stride[1];
+      const BF16* v = static_cast<const BF16*>(p.v) + first_key * p.v_stride[0] + head * p.v_stride[1];
+      const int64_t keys = limit + rows - 1;
+      for (int64_t at = 0; at < keys; at += kBlock) {
+        block.clear();
+        const int n = static_cast<int>(keys - at < kBlock ? keys - at : kBlock);
+        block.append(k + at * p.k_stride[0], p.k_stride[0], v + at * p.v_stride[0], p.v_stride[0], n);
+        tile.consume(tiles, block, causal(limit, rows, group, at, n, seen));
+      }
+    }
+    tile.finish(place, static_cast<BF16*>(p.out), p.lse);
+  }
+}
+
+#endif
 
 }  // namespace
 

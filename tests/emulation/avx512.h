@@ -79,6 +79,43 @@ inline __m512i broadcast_i32x4(__m128i a) {
   return out;
 }
 
+inline __m512i inserti32x4(__m512i a, __m128i b, int at) {
+  memcpy(reinterpret_cast<char*>(&a) + 16 * at, &b, 16);
+  return a;
+}
+
+// What the sources ask for: not less than, or a NaN.
+inline __mmask16 cmp_ps_mask(__m512 a, __m512 b, int which) {
+  if (which != _CMP_NLT_UQ) __builtin_trap();
+  F x = bits<F>(a), y = bits<F>(b);
+  unsigned out = 0;
+  for (int i = 0; i < 16; ++i) out |= static_cast<unsigned>(!(x[i] < y[i])) << i;
+  return static_cast<__mmask16>(out);
+}
+
+inline __mmask16 test_epi32_mask(__m512i a, __m512i b) {
+  I x = bits<I>(a), y = bits<I>(b);
+  unsigned out = 0;
+  for (int i = 0; i < 16; ++i) out |= static_cast<unsigned>((x[i] & y[i]) != 0) << i;
+  return static_cast<__mmask16>(out);
+}
+
+// VREDUCEPS: what is left above the floor; 0 of infinities.
+inline __m512 reduce_ps(__m512 a, int how) {
+  if (how != 0x9) __builtin_trap();
+  F x = bits<F>(a), out;
+  for (int i = 0; i < 16; ++i) out[i] = __builtin_isinf(x[i]) ? 0.f : x[i] - __builtin_floorf(x[i]);
+  return bits<__m512>(out);
+}
+
+// VSCALEFPS: a times 2^floor(b).
+inline __m512 maskz_scalef_ps(__mmask16 mask, __m512 a, __m512 b) {
+  F x = bits<F>(a), y = bits<F>(b), out = {};
+  for (int i = 0; i < 16; ++i)
+    if (mask >> i & 1) out[i] = y[i] != y[i] ? y[i] : x[i] * __builtin_exp2f(__builtin_floorf(y[i]));
+  return bits<__m512>(out);
+}
+
 inline __m512i loadu_si512(const void* p) {
   __m512i out;
   memcpy(&out, p, sizeof out);
@@ -196,6 +233,9 @@ inline __m512 dpbf16_ps(__m512 sum, __m512bh a, __m512bh b) {
 #undef _mm512_shuffle_f32x4
 #undef _mm512_srli_epi16
 #undef _mm512_cvtps_ph
+#undef _mm512_cmp_ps_mask
+#undef _mm512_inserti32x4
+#undef _mm512_reduce_ps
 #define _mm512_max_ps emulated::max_ps
 #define _mm512_unpacklo_ps emulated::unpack_ps<0>
 #define _mm512_unpackhi_ps emulated::unpack_ps<2>
@@ -205,6 +245,11 @@ inline __m512 dpbf16_ps(__m512 sum, __m512bh a, __m512bh b) {
 #define _mm512_shuffle_epi8 emulated::shuffle_epi8
 #define _mm512_srli_epi16 emulated::srli_epi16
 #define _mm512_broadcast_i32x4 emulated::broadcast_i32x4
+#define _mm512_inserti32x4 emulated::inserti32x4
+#define _mm512_cmp_ps_mask emulated::cmp_ps_mask
+#define _mm512_test_epi32_mask emulated::test_epi32_mask
+#define _mm512_reduce_ps emulated::reduce_ps
+#define _mm512_maskz_scalef_ps emulated::maskz_scalef_ps
 #define _mm512_loadu_si512 emulated::loadu_si512
 #define _mm512_load_si512 emulated::load_si512
 #define _mm512_maskz_loadu_epi16 emulated::maskz_loadu_epi16
