@@ -7,6 +7,7 @@
 #include "select_tokens/layout.h"
 #include "select_tokens/power.h"
 #include "select_tokens/queries.h"
+#include "select_tokens/tiled.h"
 #include "select_tokens/woven.h"
 
 namespace m3 {
@@ -15,7 +16,8 @@ namespace {
 
 constexpr float kLowest = -3.4028234663852886e38f;
 constexpr float kLog2E = 1.4426950408889634f;
-constexpr int kRows = kLanes < kSelectRows ? kLanes : kSelectRows;  // of a block: full steps of the products
+constexpr int kRows = kLanes < 12 ? kLanes : 12;  // of a block: full steps of the products
+static_assert(kRows <= kSelectRows);
 
 int64_t whole_vectors(int64_t n) { return (n + kLanes - 1) / kLanes * kLanes; }
 
@@ -125,17 +127,14 @@ void best_columns(const float* weight, int64_t count, int64_t base, int64_t toke
   for (int64_t i = kept; i < tokens; ++i) index[i] = -1;
 }
 
+#if defined(__AVX512BF16__) && !defined(__AMX_BF16__)
 // Whether the softmax rows are added by add_woven.
 template <class T>
 bool weaves(const M3SelectTokensParams& p, int64_t used) {
-#if defined(__AVX512BF16__)
   return kPaired<T> && p.rule == M3_SELECT_RECEIVED && p.scale > 0.f && p.dim >= 2 * kWovenSteps &&
          (whole_vectors(used) / kLanes) % kWovenTile == 0;
-#else
-  (void)p, (void)used;
-  return false;
-#endif
 }
+#endif
 
 // Asks for the keys of the worker's next task a few rows at a time: they lie too far apart for the hardware to guess.
 template <class T>
@@ -157,53 +156,61 @@ struct NextKeys {
   }
 };
 
+// All query vectors by blocks of kRows.
+template <class T>
+void add_blocks(const M3SelectTokensParams& p, Queries<T> queries, const T* k, int64_t used, const SelectLayout& at,
+                float* workspace) {
+  float *keys = workspace + at.keys, *score = workspace + at.score;
+  const int dim = static_cast<int>(p.dim);
+  pack_keys(k, p.k_stride[1], dim, used, at.columns, keys);
+  while (queries.left > 0) {
+    const int count = static_cast<int>(queries.left < kRows ? queries.left : kRows);
+    const T* rows[kRows];
+    int64_t seen[kRows];
+    for (int r = 0; r < count; ++r)
+      seen[r] = p.rule == M3_SELECT_CAUSAL ? queries.row + 1 : used, rows[r] = queries.take();
+    const int64_t end = whole_vectors(seen[count - 1]);
+    score_block(rows, count, dim, p.scale * kLog2E, keys, at.columns, static_cast<int>(end), at.width,
+                workspace + at.query, score);
+    if (p.rule == M3_SELECT_EXP)
+      add_powers(score, at.columns, end, count, workspace + at.highest, workspace + at.weight);
+    else
+      add_softmax(score, at.columns, end, count, seen, workspace + at.weight);
+  }
+}
+
 template <class T>
 void select_head(const M3SelectTokensParams& p, int64_t ref, int64_t head, float* workspace) {
   int32_t* index = p.index + (ref * p.kv_heads + head) * p.tokens;
   const int64_t length = p.length[ref];
-  const bool causal = p.rule == M3_SELECT_CAUSAL;
-  const int64_t base = causal ? 0 : p.start;  // row of column 0
+  const int64_t base = p.rule == M3_SELECT_CAUSAL ? 0 : p.start;  // row of column 0
   const int64_t used = length > p.start ? length - base : 0;
   if (used == 0) {
     for (int64_t i = 0; i < p.tokens; ++i) index[i] = -1;
     return;
   }
   const SelectLayout at = select_layout(p);
-  float* keys = workspace + at.keys;
-  float* score = workspace + at.score;
-  float* weight = workspace + at.weight;
-  float* highest = workspace + at.highest;
+  float *weight = workspace + at.weight, *highest = workspace + at.highest;
   const T* q = static_cast<const T*>(p.q) + ref * p.q_stride[0] + head * (p.q_heads / p.kv_heads) * p.q_stride[2];
   const T* k = static_cast<const T*>(p.k) + ref * p.k_stride[0] + base * p.k_stride[1] + head * p.k_stride[2];
-  const int dim = static_cast<int>(p.dim);
-  const int64_t columns = at.columns;
-  for (int64_t c = 0; c < columns; ++c) weight[c] = 0.f, highest[c] = -kInf;
-  Queries<T> queries(p, q, length);
-  const bool woven = weaves<T>(p, used);
-  if (!woven) pack_keys(k, p.k_stride[1], dim, used, columns, keys);
-#if defined(__AVX512BF16__)
-  if constexpr (kPaired<T>)
-    if (woven) {
-      uint32_t* pairs = reinterpret_cast<uint32_t*>(keys);
-      pack_woven(k, p.k_stride[1], dim, used, pairs);
-      const int64_t blocks = (queries.left + kWovenRows - 1) / kWovenRows;
-      add_woven(queries, NextKeys<T>(p, ref, head, blocks), dim, p.scale * kLog2E, pairs, used, score, weight);
-      queries.left = 0;
+  for (int64_t c = 0; c < at.columns; ++c) weight[c] = 0.f, highest[c] = -kInf;
+  const Queries<T> queries(p, q, length);
+#if defined(__AMX_BF16__)
+  if constexpr (kTiled<T>)
+    add_tiled(p, q, k, length, used, p.scale * kLog2E,
+              NextKeys<T>(p, ref, head, (queries.left + kTileSide - 1) / kTileSide), at, workspace);
+  else
+#elif defined(__AVX512BF16__)
+  if (weaves<T>(p, used)) {
+    if constexpr (kPaired<T>) {
+      uint32_t* pairs = reinterpret_cast<uint32_t*>(workspace + at.keys);
+      pack_woven(k, p.k_stride[1], static_cast<int>(p.dim), used, pairs);
+      add_woven(queries, NextKeys<T>(p, ref, head, (queries.left + kWovenRows - 1) / kWovenRows),
+                static_cast<int>(p.dim), p.scale * kLog2E, pairs, used, workspace + at.score, weight);
     }
+  } else
 #endif
-  while (queries.left > 0) {
-    const int count = static_cast<int>(queries.left < kRows ? queries.left : kRows);
-    const T* rows[kRows];
-    int64_t seen[kRows];
-    for (int r = 0; r < count; ++r) seen[r] = causal ? queries.row + 1 : used, rows[r] = queries.take();
-    const int64_t end = whole_vectors(seen[count - 1]);
-    score_block(rows, count, dim, p.scale * kLog2E, keys, columns, static_cast<int>(end), at.width,
-                workspace + at.query, score);
-    if (p.rule == M3_SELECT_EXP)
-      add_powers(score, columns, end, count, highest, weight);
-    else
-      add_softmax(score, columns, end, count, seen, weight);
-  }
+    add_blocks(p, queries, k, used, at, workspace);
   if (p.rule == M3_SELECT_EXP)
     for (int64_t c = 0; c < used; ++c) weight[c] = highest[c] + __builtin_log2f(weight[c]);
   const int64_t skip = p.start - base;  // columns of a prefix

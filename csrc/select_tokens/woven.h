@@ -12,7 +12,7 @@ namespace m3 {
 namespace M3_LEVEL {
 namespace {
 
-#if defined(__AVX512BF16__)
+#if defined(__AVX512BF16__) && !defined(__AMX_BF16__)
 
 constexpr int kWovenRows = 4, kWovenTile = 4;  // query vectors by vectors of columns: 16 sums
 constexpr int kWovenWidth = kWovenTile * kLanes;

@@ -250,6 +250,7 @@ inline __m512 dpbf16_ps(__m512 sum, __m512bh a, __m512bh b) {
 #define _mm512_test_epi32_mask emulated::test_epi32_mask
 #define _mm512_reduce_ps emulated::reduce_ps
 #define _mm512_maskz_scalef_ps emulated::maskz_scalef_ps
+#define _mm512_scalef_ps(a, b) emulated::maskz_scalef_ps(0xffff, a, b)
 #define _mm512_loadu_si512 emulated::loadu_si512
 #define _mm512_load_si512 emulated::load_si512
 #define _mm512_maskz_loadu_epi16 emulated::maskz_loadu_epi16
