@@ -4,6 +4,7 @@
 
 #include "look_up.h"
 #include "rotate.h"
+#include "rotate_tiles.h"
 #include "walk.h"
 
 namespace m3 {
@@ -90,6 +91,31 @@ void decode_rotated(const M3Book& book, Walk<T>& walk, int64_t count, const E* r
   }
 }
 
+#if defined(__AMX_BF16__)
+// Sixteen rows are looked up while the sixteen before are multiplied.
+template <class T, class Shape>
+void decode_tiled(const M3Book& book, Walk<T>& walk, int64_t count, BF16* out) {
+  constexpr int64_t kRows = TiledRotation::kRows;
+  const int64_t dim = Shape::kDim ? Shape::kDim : book.dim;
+  TiledRotation rotation(book.rot, dim);
+  alignas(64) BF16 rows[2][kRows * TiledRotation::kMostDim] = {};
+  const int64_t pitch = rotation.pitch(), steps = rotation.steps();
+  const auto look_up = [&](BF16* to, int64_t begin, int64_t end) {
+    for (int64_t r = begin; r < end; ++r) Shape::template look_up<T>(book, walk.next(), to + r * pitch);
+  };
+  look_up(rows[0], 0, count < kRows ? count : kRows);
+  for (int which = 0; count > 0; count -= kRows, which = 1 - which, out += kRows * dim) {
+    const int64_t next = count - kRows < kRows ? count - kRows : kRows;
+    for (int64_t i = 0; i < steps; ++i) {
+      rotation.step(rows[which], i);
+      look_up(rows[1 - which], i * next / steps, (i + 1) * next / steps);
+    }
+    rotation.step(rows[which], steps);
+    rotation.store_rows(count, out);
+  }
+}
+#endif
+
 template <class T, class Shape, class Out>
 void decode(const M3Book& book, const Codes& codes, int64_t count, Out* out) {
   Walk<T> walk(book, codes, count);
@@ -101,6 +127,9 @@ void decode(const M3Book& book, const Codes& codes, int64_t count, Out* out) {
   if constexpr (kPaired<Out>) {
     constexpr int kMost = Product<BF16>::kMostDim;
     if (book.dim <= kMost && book.dim % kLanes == 0) {
+#if defined(__AMX_BF16__)
+      return decode_tiled<T, Shape>(book, walk, count, out);
+#endif
       alignas(64) uint32_t rot[kMost / 2 * kMost];
       pack_rotation(book.rot, book.dim, rot);
       return decode_rotated<T, Shape, BF16>(book, walk, count, rot, out);
