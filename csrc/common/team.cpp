@@ -18,7 +18,7 @@ namespace {
 
 constexpr int kMostMembers = 256;
 constexpr int64_t kSpin = 30000;       // nanoseconds that a wait holds its core
-constexpr int64_t kSpinIdle = 100000;  // the same between runs: the next token is usually near
+constexpr int64_t kSpinIdle = 500000;  // the same between runs: the next token is near, and waking takes long
 
 typedef std::atomic<uint32_t> Word;
 static_assert(sizeof(Word) == 4 && Word::is_always_lock_free);
