@@ -59,10 +59,6 @@ def asked(kernel: str, dtype: torch.dtype, arch: int) -> tuple[int, tuple[str, .
 # ones, or sectors asked for, against those of its tile schedule; bytes used of the sectors that carry the streamed
 # operands; passes through shared memory, against those that the bytes need.
 MOVED, EFFICIENCY, PASSES = 1.15, 0.9, 1.1
-# The rotation of coded vectors is a product in float32, whose operands Triton does not exchange in shared memory: up to
-# four lanes meet in one bank. The tables' entries, read through the caches, are some ten times as many bytes.
-ROTATION_PASSES = 4.0
-
 
 _ATTENTION = (TENSOR_CORE, ASYNC_COPY, WIDE_LOAD)
 

@@ -54,13 +54,14 @@ def read_records(
     k_slot, k_head, k_token, v_slot, v_head, v_token, b_slot, b_head, slot_chunk, slot_ref,
     k_coarse, k_fine, v_coarse, v_fine,
     K: tl.constexpr, KP: tl.constexpr, LANES: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BIAS: tl.constexpr,
-    PRECISION: tl.constexpr, STAGES: tl.constexpr, CODED: tl.constexpr,
+    PRECISION: tl.constexpr, STAGES: tl.constexpr, CODED: tl.constexpr, VALUE: tl.constexpr,
     K_B: tl.constexpr, K_N: tl.constexpr, K_M: tl.constexpr, K_MP: tl.constexpr, K_W: tl.constexpr,
     K_WP: tl.constexpr, K_BYTES: tl.constexpr, V_B: tl.constexpr, V_N: tl.constexpr, V_M: tl.constexpr,
     V_MP: tl.constexpr, V_W: tl.constexpr, V_WP: tl.constexpr, V_BYTES: tl.constexpr,
 ):  # fmt: skip
     """Reads the records of a chunk for q [M, DP]; writes each record's log-sum-exp to mass[place, record], for
-    `finish_mass`. Coded: q and acc have the columns of `_codec.read_pieces`, of the keys' and the values' book."""
+    `finish_mass`. Coded: q and acc have the columns of `_codec.read_pieces`, of the keys' and the values' book, and
+    values are rounded to VALUE, as weights are."""
     RECORDS: tl.constexpr = LANES // KP
     d = tl.arange(0, DP)
     for first in tl.range(0, refs, RECORDS, num_stages=STAGES):
@@ -72,13 +73,14 @@ def read_records(
             at_k = slot * k_slot + head * k_head + token * k_token
             at_v = slot * v_slot + head * v_head + token * v_token
             if CODED:
-                c0, c1 = _codec.read_coarse(mem_k, at_k, there, K_B, K_BYTES)
-                k = _codec.read_pieces(
-                    mem_k, at_k, there, c0, c1, 0, k_coarse, k_fine, D, K_B, K_N, K_M, K_W, K_WP, K_MP, K_BYTES
-                )
-                c0, c1 = _codec.read_coarse(mem_v, at_v, there, V_B, V_BYTES)
+                # Values first: keys, done with after one product, then hold registers for the shorter time.
+                c0, c1 = _codec.read_coarse(mem_v, at_v, there, V_B)
                 v = _codec.read_pieces(
                     mem_v, at_v, there, c0, c1, 0, v_coarse, v_fine, D, V_B, V_N, V_M, V_W, V_WP, V_MP, V_BYTES
+                ).to(VALUE)
+                c0, c1 = _codec.read_coarse(mem_k, at_k, there, K_B)
+                k = _codec.read_pieces(
+                    mem_k, at_k, there, c0, c1, 0, k_coarse, k_fine, D, K_B, K_N, K_M, K_W, K_WP, K_MP, K_BYTES
                 )
             else:
                 inside = there[:, None] & (d < D)[None, :]

@@ -11,21 +11,38 @@ from ._launch import power_of_two
 
 
 @triton.jit
-def read_bits(codes, start, bit, within, BITS: tl.constexpr, BYTES: tl.constexpr):
-    """BITS bits from bit `bit` of the code of BYTES bytes that begins at byte `start`, lowest first. At most 14 bits
-    lie in 3 bytes; codes have no alignment."""
-    byte = bit // 8
-    word = tl.load(codes + start + byte, mask=within, other=0).to(tl.int32)
-    word |= tl.load(codes + start + byte + 1, mask=within & (byte + 1 < BYTES), other=0).to(tl.int32) << 8
-    word |= tl.load(codes + start + byte + 2, mask=within & (byte + 2 < BYTES), other=0).to(tl.int32) << 16
-    return (word >> (bit % 8)) & ((1 << BITS) - 1)
+def load_operand(place, inside):
+    """The numbers at `place` [R, C], 0 where not `inside`, as an operand of a product.
+
+    Three axes, as the compiler has two ways through shared memory: one for operands loaded with two, whose swizzle lets
+    two to four lanes meet in a bank where numbers have four bytes, and one for any two layouts, without conflicts.
+    """
+    x = tl.load(tl.expand_dims(place, 0), mask=tl.expand_dims(inside, 0), other=0.0)
+    return tl.reshape(x, place.shape)
 
 
 @triton.jit
-def read_coarse(codes, start, within, B: tl.constexpr, BYTES: tl.constexpr):
-    """The two coarse indices of the codes at bytes `start` [V]."""
-    zero = start.to(tl.int32) * 0
-    return read_bits(codes, start, zero, within, B, BYTES), read_bits(codes, start, zero + B, within, B, BYTES)
+def read_coarse(codes, start, within, B: tl.constexpr):
+    """The two coarse indices of the codes at bytes `start` [V]: at most 28 bits, in the first 4 bytes."""
+    byte = tl.arange(0, 4)[None, :]
+    inside = within[:, None] & (byte < (2 * B + 7) // 8)
+    word = tl.sum(tl.load(codes + start[:, None] + byte, mask=inside, other=0).to(tl.int32) << (8 * byte), 1)
+    return word & ((1 << B) - 1), (word >> B) & ((1 << B) - 1)
+
+
+@triton.jit
+def read_fine(codes, start, within, m, B: tl.constexpr, N: tl.constexpr, M: tl.constexpr, BYTES: tl.constexpr):
+    """The indices of pieces m [P] of the codes at bytes `start` [V], 0 where there is none: [V, P]. At most 14 bits lie
+    in 3 bytes; codes have no alignment."""
+    bit = 8 * ((2 * B + 7) // 8) + m * N
+    byte = (bit // 8)[None, :]
+    at, inside = codes + start[:, None] + byte, within[:, None] & (m < M)[None, :]
+    word = tl.load(at, mask=inside, other=0).to(tl.int32)
+    word |= tl.load(at + 1, mask=inside & (byte + 1 < BYTES), other=0).to(tl.int32) << 8
+    word |= tl.load(at + 2, mask=inside & (byte + 2 < BYTES), other=0).to(tl.int32) << 16
+    # The largest of one: reductions end the compiler's search for the narrowest load that an operand of a product comes
+    # from. It would find these bytes, and lay out the other operand for bytes as well, with two lanes in one bank.
+    return tl.max(((word >> (bit % 8)[None, :]) & ((1 << N) - 1))[:, :, None], 2)
 
 
 @triton.jit
@@ -47,14 +64,14 @@ def read_pieces(
     Each piece of W values is padded to WP, so that one index, unpacked once, serves neighbouring lanes.
     """
     m = piece + tl.arange(0, P)
-    bit = 8 * ((2 * B + 7) // 8) + m * N
-    index = read_bits(codes, start[:, None], bit[None, :], within[:, None] & (m < M)[None, :], N, BYTES)
+    index = read_fine(codes, start, within, m, B, N, M, BYTES)
     w = tl.arange(0, WP)
     d = (m * W)[:, None] + w[None, :]  # [P, WP]
     inside = within[:, None, None] & ((m < M)[:, None] & (w < W)[None, :])[None, :, :]
-    upper = d >= D // 2
-    entry = tl.where(upper[None, :, :], second[:, None, None] + (1 << B), first[:, None, None]) * (D // 2)
-    x = tl.load(coarse + entry + tl.where(upper, d - D // 2, d)[None, :, :], mask=inside, other=0.0)
+    # Entries are halves of a vector; d has passed one already where it lies in the second.
+    lower, upper = first * (D // 2), (second + (1 << B) - 1) * (D // 2)
+    entry = tl.where((d < D // 2)[None, :, :], lower[:, None, None], upper[:, None, None]) + d[None, :, :]
+    x = tl.load(coarse + entry, mask=inside, other=0.0)
     row = (index + (m << N)[None, :]) * W
     y = tl.load(fine + row[:, :, None] + w[None, None, :], mask=inside, other=0.0)
     return tl.reshape(x.to(tl.float32) + y.to(tl.float32), (start.shape[0], P * WP))

@@ -85,7 +85,7 @@ def decode_kernel(
                 asking = rotate(q, offset, rows_in, k_rot, column, real, 1, D, D, DEPTH, ROT_PRECISION)
             else:
                 asked = rows_in[:, None] & real[None, :]
-                asking = tl.load(q + offset[:, None] + column[None, :], mask=asked, other=0.0).to(tl.float32)
+                asking = _codec.load_operand(q + offset[:, None] + column[None, :], asked).to(tl.float32)
             reading = tl.zeros((M, V_MP * V_WP), tl.float32)
         else:
             asking, reading = x, acc
@@ -93,7 +93,7 @@ def decode_kernel(
             asking, reading, top, total, mass, place, rows_in, mem_k, mem_v, mem_bias, mem_slot, mem_len, b, head, refs,
             slots, scale, k_slot, k_head, k_token, v_slot, v_head, v_token, b_slot, b_head, slot_chunk, slot_ref,
             k_coarse, k_fine, v_coarse, v_fine, K, KP, LANES, D, DP, BIAS, MEM_PRECISION, STAGES, CODED,
-            K_B, K_N, K_M, K_MP, K_W, K_WP, K_BYTES, V_B, V_N, V_M, V_MP, V_W, V_WP, V_BYTES,
+            q.dtype.element_ty, K_B, K_N, K_M, K_MP, K_W, K_WP, K_BYTES, V_B, V_N, V_M, V_MP, V_W, V_WP, V_BYTES,
         )  # fmt: skip
         if CODED:  # through memory, as a tile in registers can neither be cut along a sum nor drop columns
             column, real = _codec.columns(0, V_W, V_WP, V_MP, V_M)
@@ -250,8 +250,9 @@ def launches(
     constants = {"G": group, "D": dim, "DP": width, "M": tile.rows, "N": tile.tokens, "PAGE": page}
     constants |= {"K": tokens, "KP": record.padded, "LANES": record.lanes, "BIAS": mem_bias is not None}
     constants |= {"MAPPED": head_map is not None, "FUSED": parts == 1, "PRECISION": exact, "MEM_PRECISION": exact}
-    # Of a query tile of 16 rows each of 8 warps' threads has two elements, a word, from 32 columns on.
-    depth = 32 if tile.warps == 8 and size == 2 else 16
+    # Rotations come in tiles of a depth that no tile of queries or keys has: where shapes are the same, Triton loads
+    # float32 as it loads those, eight elements per thread, and two lanes of a copy meet in one bank.
+    depth = 16 if size == 4 else next(n for n in (32, 64, 16) if n not in (tile.rows, tile.tokens))
     constants |= {"ROT_PRECISION": "ieee" if exact == "ieee" else "tf32x3", "DEPTH": depth} | code_constants
     dense = () if k_book is not None else (mem_k, mem_v)
     constants["VECTOR"] = vector(q, k_cache, v_cache, *dense)

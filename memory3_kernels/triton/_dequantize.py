@@ -28,7 +28,7 @@ def dequantize_kernel(
     else:
         known = within
         start = record * c_slot + head * c_head + token * BYTES
-    first, second = _codec.read_coarse(codes, start, known, B, BYTES)
+    first, second = _codec.read_coarse(codes, start, known, B)
     if ROTATE:
         column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
         x = tl.zeros((ROWS, COLUMNS), tl.float32)
@@ -37,11 +37,8 @@ def dequantize_kernel(
                 codes, start, known, first, second, piece, coarse, fine, D, B, N, M, W, WP, PIECES, BYTES
             )
             d, real = _codec.columns(piece, W, WP, PIECES, M)
-            turn = tl.load(
-                rot + d[:, None] * r_row + column[None, :] * r_column,
-                mask=real[:, None] & (column < D)[None, :],
-                other=0.0,
-            )
+            at = rot + d[:, None] * r_row + column[None, :] * r_column
+            turn = _codec.load_operand(at, real[:, None] & (column < D)[None, :])
             x = tl.dot(y, turn, x, input_precision=PRECISION)
         place = out + vector[:, None] * D + column[None, :]
         tl.store(place, x.to(out.dtype.element_ty), mask=within[:, None] & (column < D)[None, :])
@@ -62,11 +59,12 @@ def launch(codes: Tensor, slots: Tensor | None, coarse: Tensor, fine: Tensor, ro
     dim, rotated = 2 * coarse.shape[2], rot is not None
     code = _codec.constants(coarse, fine)
     width = power_of_two(dim, 16)
-    # Rotation: 32 x 128 products, 32 deep, are 32 accumulators and as many operands per thread of 4 warps. Without one
-    # a program writes 2048 values, 16 per thread.
+    # Rotation: 32 x 128 products, 32 deep, are 32 accumulators and as many operands per thread of 4 warps; half the
+    # rows for exact products, which keep more of them. Without one a program writes 2048 values, 16 per thread.
+    exact = out.dtype is torch.float32
     deep = max(16, min(32, code["MP"] * code["WP"]))
     pieces = max(1, (deep if rotated else min(128, width)) // code["WP"])
-    rows = 32 if rotated else max(1, 2048 // (pieces * code["WP"]))
+    rows = (16 if exact else 32) if rotated else max(1, 2048 // (pieces * code["WP"]))
     columns = min(width, 128)
     args = {"codes": codes, "slots": codes if slots is None else slots, "coarse": coarse.contiguous()}
     args |= {"fine": fine.contiguous(), "rot": rot if rotated else coarse, "out": out}
@@ -76,6 +74,6 @@ def launch(codes: Tensor, slots: Tensor | None, coarse: Tensor, fine: Tensor, ro
     constants = code | {"D": dim, "GATHER": slots is not None, "ROTATE": rotated}
     constants |= {"ROWS": rows, "COLUMNS": columns, "PIECES": pieces}
     # Results of half precision take tf32 products in three parts, as good as float32; one part would cost fp16 a bit.
-    constants |= {"PRECISION": "ieee" if out.dtype is torch.float32 else "tf32x3"}
+    constants |= {"PRECISION": "ieee" if exact else "tf32x3"}
     grid = (triton.cdiv(vectors, rows), triton.cdiv(dim, columns) if rotated else triton.cdiv(code["M"], pieces))
     return Launch(dequantize_kernel, grid, args, constants, num_warps=4, num_stages=2, fresh=("out",))

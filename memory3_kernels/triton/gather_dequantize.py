@@ -1,4 +1,4 @@
-"""gather_dequantize: one program per 64 vectors of the result, records found through `slots`."""
+"""gather_dequantize: one program per tile of vectors of the result, records found through `slots`."""
 
 from __future__ import annotations
 

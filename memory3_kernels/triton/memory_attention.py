@@ -73,7 +73,7 @@ def attention_kernel(
         record_head(head_map, h, mem_heads, MAPPED), refs, slots, scale,
         k_slot, k_head, k_token, v_slot, v_head, v_token, b_slot, b_head, slot_chunk, slot_ref,
         q, q, q, q, K, KP, LANES, D, DP, BIAS, PRECISION, STAGES,
-        False, 0, 0, 1, 1, 1, 1, 0, 0, 0, 1, 1, 1, 1, 0,
+        False, None, 0, 0, 1, 1, 1, 1, 0, 0, 0, 1, 1, 1, 1, 0,
     )  # fmt: skip
     if CONTEXT:
         first_key, before = visible_keys(cu_q, cu_k, start, sequences)

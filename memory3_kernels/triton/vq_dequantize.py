@@ -1,4 +1,4 @@
-"""vq_dequantize: one program per 64 vectors."""
+"""vq_dequantize: one program per tile of vectors."""
 
 from __future__ import annotations
 
