@@ -29,9 +29,16 @@ class TiledRotation {
   // After step steps(), which only stores, the sums of all rows are there.
   void step(const BF16* rows, int64_t step) { step % 2 ? run<2, 0>(rows, step) : run<0, 2>(rows, step); }
 
+  // Rounds twice as many values at once as `store`, in the same time.
   void store_rows(int64_t count, BF16* out) const {
-    for (int64_t r = 0; r < count && r < kRows; ++r)
-      for (int64_t d = 0; d < dim_; d += kLanes) store(out + r * dim_ + d, load(sums_ + r * dim_ + d));
+    const int64_t end = (count < kRows ? count : kRows) * dim_;
+    int64_t i = 0;
+    for (; i + 2 * kLanes <= end; i += 2 * kLanes) {
+      const __m512bh both = _mm512_cvtne2ps_pbh(reinterpret_cast<__m512>(load(sums_ + i + kLanes)),
+                                                reinterpret_cast<__m512>(load(sums_ + i)));
+      memcpy(out + i, &both, sizeof both);
+    }
+    if (i < end) store(out + i, load(sums_ + i));
   }
 
  private:
