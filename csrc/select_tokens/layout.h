@@ -5,7 +5,7 @@
 
 namespace m3 {
 
-constexpr int64_t kSelectRows = 16;              // query vectors scored together, at most
+constexpr int64_t kSelectRows = 16;                 // query vectors scored together, at most
 constexpr int64_t kSelectScores = 2 * kSelectRows;  // rows of scores: of two such blocks
 
 struct SelectLayout {

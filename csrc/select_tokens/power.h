@@ -12,9 +12,9 @@ constexpr float kPowerFloor = -120.f;
 
 #if defined(__AMX_BF16__)
 
-// Relative error < 3e-6: a polynomial fitted for 2^r on [0, 1) times 2^floor(x), each end of which is one instruction of
-// a single step on CPUs with tile registers (on other ones of AVX-512 it is two or more). Results below 2^-126 take 70
-// times as long unless they are flushed to zero.
+// Relative error < 3e-6: a polynomial fitted for 2^r on [0, 1) times 2^floor(x), each end of which is one instruction
+// of a single step on CPUs with tile registers (on other ones of AVX-512 it is two or more). Results below 2^-126 take
+// 70 times as long unless they are flushed to zero.
 struct Power {
   F32 operator()(F32 x) const {
     const F32 r = reinterpret_cast<F32>(_mm512_reduce_ps(reinterpret_cast<__m512>(x), 0x9));  // above the floor

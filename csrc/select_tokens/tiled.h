@@ -1,7 +1,7 @@
-// Weights of bf16 keys where there are tile registers, for `*.simd.cpp` files. Sixteen query vectors, as they lie, times
-// keys packed once as columns: a product of tiles gives 256 scores in the time of 16 instructions, so that nearly all
-// time goes to what becomes of them. The products of a block of queries are issued while the powers of the block before
-// are computed, their sums fetched a few rows later.
+// Weights of bf16 keys where there are tile registers, for `*.simd.cpp` files. Sixteen query vectors, as they lie,
+// times keys packed once as columns: a product of tiles gives 256 scores in the time of 16 instructions, so that nearly
+// all time goes to what becomes of them. The products of a block of queries are issued while the powers of the block
+// before are computed, their sums fetched a tile or two later.
 #pragma once
 
 #include "common/attention_tile.h"
@@ -188,17 +188,17 @@ inline void add_tiled_softmax(float* score, int64_t tiles, int count, float fact
 #pragma GCC unroll 16
     for (int r = 0; r < kTileSide; ++r) part[r] = max(part[r], load(score + t * kTileWords + r * kTileSide));
   store(offset, max_each(part) * -factor);
-  for (int r = 0; r < kTileSide; ++r) {
-    next.advance(r + 1, kTileSide);
-    float* at = score + r * kTileSide;
-    F32 total = {};
-#pragma GCC unroll 4
-    for (int64_t t = 0; t < tiles; ++t, at += kTileWords) {
-      const F32 e = power(load(at) * factor + offset[r]);
-      store(at, e);
-      total += e;
+#pragma GCC unroll 16
+  for (int r = 0; r < kTileSide; ++r) part[r] = F32{};
+  for (int64_t t = 0; t < tiles; ++t) {
+    float* at = score + t * kTileWords;
+#pragma GCC unroll 16
+    for (int r = 0; r < kTileSide; ++r) {
+      const F32 e = power(load(at + r * kTileSide) * factor + offset[r]);
+      store(at + r * kTileSide, e);
+      part[r] += e;
     }
-    part[r] = total;
+    next.advance(t + 1, tiles);
   }
   I32 lane;
   for (int i = 0; i < kLanes; ++i) lane[i] = i;
