@@ -23,29 +23,26 @@ class QueryColumns {
   // As many query vectors as fit: 256, up to 128 dimensions.
   static int most(int dim) { return stripes(dim) * kStripe; }
 
-  void begin(int rows, int width, float factor, int64_t records) {
-    m_ = rows, dim_ = width, ld_ = pair_padded(width) / 2, height_ = padded(width), scale_ = factor, refs_ = records;
-    for (int i = 0; i < m_; i += kStripe) memset(acc(i), 0, sizeof(float) * kStripe * height_);
-    for (int i = 0; i < kStripes * kStripe; ++i) base_[i] = -kInf, sum_[i] = 0.f;
-  }
-
-  // Query vectors of `rows` rows and `group` heads: vector i is row i / group, head i % group.
-  void load_rows(const BF16* x, int64_t row_stride, int64_t head_stride, int group) {
-    const BF16* rows[kStripe];
-    for (int first = 0, row = 0, head = 0; first < m_; first += kStripe) {
-      const int n = m_ - first < kStripe ? m_ - first : kStripe;
-      for (int i = 0; i < n; ++i) {
-        rows[i] = x + row * row_stride + head * head_stride;
-        if (++head == group) head = 0, ++row;
+  // The vectors of rows [row, row + rows) and `group` heads from `head` on: vector i is row i / group, head i % group.
+  // q points to the first one, mass to that of row 0, head 0.
+  void begin(const BF16* q, const int64_t* stride, int64_t heads, int64_t row, int64_t head, int rows, int group,
+             int dim, float scale, float* mass, int64_t refs) {
+    m_ = rows * group, dim_ = dim, ld_ = pair_padded(dim) / 2, height_ = padded(dim), scale_ = scale, refs_ = refs;
+    memset(acc_, 0, sizeof(float) * padded_to(m_, kStripe) * height_);
+    for (int r = 0, i = 0; r < rows; ++r)
+      for (int g = 0; g < group; ++g, ++i) {
+        place_[i] = (row + r) * heads + head + g;
+        mass_[i] = mass + place_[i] * refs;
+        for (int64_t record = 0; record < refs; ++record) mass_[i][record] = 0.f;
+        base_[i] = -kInf, sum_[i] = 0.f;
+        vector_[i] = q + r * stride[0] + g * stride[1];
       }
-      pack_pair_columns(rows, n, dim_, q(first), kStripe);
-    }
+    for (int i = m_; i < padded(m_); ++i) base_[i] = -kInf, sum_[i] = 0.f;
+    for (int first = 0; first < m_; first += kStripe)
+      pack_pair_columns(vector_ + first, m_ - first < kStripe ? m_ - first : kStripe, dim_, this->q(first), kStripe);
   }
 
-  // Where vector i sums the weights of each record.
-  void set_mass(int i, float* to) { mass_[i] = to; }
-
-  // Takes a block of keys into the running softmax: vector i sees its first seen[i] keys, all of them where seen is null.
+  // Takes a block of keys into the running softmax: vector i sees its first seen[i] keys, all where seen is null.
   void consume(TileRegisters& tiles, const KeyBlock<BF16>& block, const int* seen) {
     if (block.count == 0) return;
     pack_keys(block);
@@ -67,15 +64,13 @@ class QueryColumns {
   }
 
   // Writes the results of all vectors: out = acc / sum, lse, mass (in place). Nothing seen: 0, -inf, 0.
-  // place(i): which row of the results vector i is.
-  template <class Place>
-  void finish(const Place& place, BF16* out, float* lse) {
+  void finish(BF16* out, float* lse) {
     for (int first = 0; first < m_; first += kLanes) {
       const int n = m_ - first < kLanes ? m_ - first : kLanes;
       const F32 sums = load(sum_ + first), inverse = select(sums == F32{}, F32{}, 1.f / sums);
       BF16* to[kLanes];
       for (int i = 0; i < n; ++i) {
-        const int64_t at = place(first + i);
+        const int64_t at = place_[first + i];
         const float sum = sum_[first + i];
         to[i] = out + at * dim_;
         lse[at] = sum == 0.f ? -kInf : base_[first + i] * kLn2 + __builtin_logf(sum);
@@ -87,8 +82,8 @@ class QueryColumns {
         F32 pairs[kLanes];
         for (int j = 0; j < kLanes; ++j) {
           const float* row = from + 2 * j * kStripe;
-          pairs[j] = 2 * j < width ? reinterpret_cast<F32>(make_pairs(load(row) * inverse, load(row + kStripe) * inverse))
-                                   : F32{};
+          const auto two = [&] { return make_pairs(load(row) * inverse, load(row + kStripe) * inverse); };
+          pairs[j] = 2 * j < width ? reinterpret_cast<F32>(two()) : F32{};
         }
         transpose(pairs);
         for (int i = 0; i < n; ++i) {
@@ -109,6 +104,7 @@ class QueryColumns {
     const int most = kRoom / (pair_padded(dim) * kStripe);
     return most < kStripes ? most : kStripes;
   }
+  static int padded_to(int n, int unit) { return (n + unit - 1) / unit * unit; }
   // The stripe that holds vector i, and its column there.
   uint32_t* q(int i) { return q_ + i / kStripe * kStripe * ld_; }
   float* acc(int i) { return acc_ + i / kStripe * kStripe * height_; }
@@ -196,12 +192,16 @@ class QueryColumns {
   // Larger than the sum of a block's weights whose largest is 1.
   static constexpr float kOutgrown = 1024.f;
 
-  static bool any(I32 mask) { return _mm512_test_epi32_mask(reinterpret_cast<__m512i>(mask), reinterpret_cast<__m512i>(mask)) != 0; }
+  static bool any(I32 mask) {
+    return _mm512_test_epi32_mask(reinterpret_cast<__m512i>(mask), reinterpret_cast<__m512i>(mask)) != 0;
+  }
 
   F32 weigh(const KeyBlock<BF16>& block, int at, I32 seen, int most, float factor, F32 base) {
     const bool all = !any(seen < (padded(most) - I32{})), keep = block.run_count > 0;
-    if (keep) return all ? weigh<false, true>(at, seen, most, factor, base) : weigh<true, true>(at, seen, most, factor, base);
-    return all ? weigh<false, false>(at, seen, most, factor, base) : weigh<true, false>(at, seen, most, factor, base);
+    if (keep && all) return weigh<false, true>(at, seen, most, factor, base);
+    if (keep) return weigh<true, true>(at, seen, most, factor, base);
+    if (all) return weigh<false, false>(at, seen, most, factor, base);
+    return weigh<true, false>(at, seen, most, factor, base);
   }
 
   // Keep: scores give way to their weights.
@@ -262,7 +262,9 @@ class QueryColumns {
   alignas(64) float scores_[kBlock * kStripe];
   alignas(64) uint32_t weights_[kBlock / 2 * kStripe];
   float base_[kStripes * kStripe], sum_[kStripes * kStripe];
-  float* mass_[kStripes * kStripe];
+  float* mass_[kStripes * kStripe];  // of vector i: sums of weights per record
+  const BF16* vector_[kStripes * kStripe];
+  int64_t place_[kStripes * kStripe];  // which row of the results it is
   float scale_;
   int m_, dim_, ld_, height_;
   int64_t refs_;

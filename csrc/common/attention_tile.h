@@ -4,8 +4,8 @@
 #pragma once
 
 #include "common/gemm_tile.h"
-#include "common/pair_tile.h"
 #include "common/split_tile.h"
+#include "common/tile_gemm.h"
 
 namespace m3 {
 namespace M3_LEVEL {
@@ -16,6 +16,11 @@ constexpr int kBlock = 64;
 constexpr int kTileRows = 64;
 // Up to this many query vectors, scores are dot products with the rows as they lie; above it, transposing keys pays.
 constexpr int kFewRows = 8;
+
+// Whether products are of pairs as they lie. Not where there are tile registers: those processors take two cycles for
+// vdpbf16ps and one for two multiply-adds of 16 floats.
+template <class T>
+constexpr bool kByPairs = kPaired<T> && !kTileDots;
 
 inline int padded(int dim) { return (dim + kLanes - 1) / kLanes * kLanes; }
 
@@ -46,7 +51,7 @@ struct KeyBlock {
 // Vectors lo..lo + m of a tile may be worked on apart from the others: those of one KV head, where it holds several.
 struct QueryTile {
   alignas(64) float q[kTileRows * kMaxDim];             // [m, ld], scaled, zeros behind dim
-  alignas(64) uint32_t q_pairs[kTileRows * kMaxDim / 2];  // [m, ld / 2], not scaled: exact in bf16 (kPaired<T> only)
+  alignas(64) uint32_t q_pairs[kTileRows * kMaxDim / 2];  // [m, ld / 2], not scaled: exact in bf16 (kByPairs<T> only)
   alignas(64) float acc[kTileRows * kMaxDim];           // [m, ld], sum of exp(s - top) v
   alignas(64) float p[kTileRows * kBlock];
   alignas(64) uint32_t p_pairs[kTileRows * kBlock / 2];  // p rounded to bf16
@@ -174,16 +179,21 @@ struct Nothing {
 template <class T>
 constexpr bool kSplit = false;
 template <>
-constexpr bool kSplit<BF16> = !kPairDots;
+constexpr bool kSplit<BF16> = !kByPairs<BF16>;
 
-// tile.p[lo..lo + m, at..] = q . k for few query vectors and `count` keys where they lie; at a multiple of kLanes.
+// tile.p[lo..lo + m, at..] = q . k for few query vectors and `count` keys where they lie. Columns up to the next multiple
+// of kLanes are written, too, those of the next row never: fewer than kLanes keys at the end of a row make a detour.
 template <class T, class Row, class Step>
 inline void few_scores(QueryTile& tile, int lo, int m, const Row& row, int count, int at, Step& step) {
-  float* p = tile.p + lo * kBlock + at;
-  if constexpr (kPaired<T>) {
+  float* const to = tile.p + lo * kBlock + at;
+  alignas(64) float narrow[kFewRows * kLanes];
+  const bool detour = at + padded(count) > kBlock;
+  float* const p = detour ? narrow : to;
+  const int64_t pitch = detour ? kLanes : kBlock;
+  if constexpr (kByPairs<T>) {
     by_four(m, [&](auto rows, int i) {
       pair_dot_rows<decltype(rows)::value>(tile.q_pairs + (lo + i) * (tile.ld / 2), tile.ld / 2, row, count, tile.dim,
-                                           tile.scale, p + i * kBlock, kBlock, step);
+                                           tile.scale, p + i * pitch, pitch, step);
     });
   } else if constexpr (kSplit<T>) {
     alignas(64) float apart[kFewRows * kMaxDim];
@@ -195,22 +205,24 @@ inline void few_scores(QueryTile& tile, int lo, int m, const Row& row, int count
         store(apart + i * tile.ld + d + kLanes, odd);
       }
     by_four(m, [&](auto rows, int i) {
-      split_dot_rows<decltype(rows)::value>(apart + i * tile.ld, tile.ld, row, count, tile.dim, p + i * kBlock, kBlock,
+      split_dot_rows<decltype(rows)::value>(apart + i * tile.ld, tile.ld, row, count, tile.dim, p + i * pitch, pitch,
                                             step);
     });
   } else {
     const T* rows[kBlock];
     for (int j = 0; j < count; ++j) rows[j] = row(j);
     step(count * row_lines<T>(tile.dim));
-    dot(tile.q + lo * tile.ld, tile.ld, m, rows, count, tile.dim, p, kBlock);
+    dot(tile.q + lo * tile.ld, tile.ld, m, rows, count, tile.dim, p, pitch);
   }
+  if (detour)
+    for (int i = 0; i < m; ++i) memcpy(to + i * kBlock, narrow + i * kLanes, sizeof(float) * count);
 }
 
 // tile.acc[lo..lo + m] += weights at `at` of the block . `count` values where they lie; at is even.
 template <class T, class Row, class Step>
 inline void few_values(QueryTile& tile, int lo, int m, const Row& row, int count, int at, Step& step) {
   float* acc = tile.acc + lo * tile.ld;
-  if constexpr (kPaired<T>) {
+  if constexpr (kByPairs<T>) {
     by_four(m, [&](auto rows, int i) {
       pair_add_rows<decltype(rows)::value>(tile.p_pairs + (lo + i) * (kBlock / 2) + at / 2, kBlock / 2, row, count,
                                            tile.dim, acc + i * tile.ld, tile.ld, step);
@@ -238,14 +250,14 @@ inline void consume(QueryTile& tile, int lo, int m, const KeyBlock<T>& block, co
   if (m <= kFewRows) {
     few_scores<T>(tile, lo, m, [&](int j) { return block.k[j]; }, block.count, 0, nothing);
     mask_scores(block, seen, m, p);
-    absorb<kPaired<T>>(tile, lo, m, block.count);
+    absorb<kByPairs<T>>(tile, lo, m, block.count);
     add_mass(tile, lo, m, block);
     few_values<T>(tile, lo, m, [&](int j) { return block.v[j]; }, block.count, 0, nothing);
     return;
   }
   alignas(64) uint32_t scratch[kMaxDim * kBlock];
   float* acc = tile.acc + lo * tile.ld;
-  if constexpr (kPaired<T>) {
+  if constexpr (kByPairs<T>) {
     pack_pair_columns(block.k, block.count, tile.dim, scratch, kBlock);
     pair_gemm<false>(tile.q_pairs + lo * (tile.ld / 2), tile.ld / 2, scratch, kBlock, m, padded(block.count),
                      tile.dim / 2, tile.scale, p, kBlock);
@@ -256,9 +268,9 @@ inline void consume(QueryTile& tile, int lo, int m, const KeyBlock<T>& block, co
          kBlock, false);
   }
   mask_scores(block, seen, m, p);
-  absorb<kPaired<T>>(tile, lo, m, block.count);
+  absorb<kByPairs<T>>(tile, lo, m, block.count);
   add_mass(tile, lo, m, block);
-  if constexpr (kPaired<T>) {
+  if constexpr (kByPairs<T>) {
     pack_row_pairs(block.v, block.count, tile.dim, scratch, tile.ld);
     pair_gemm<true>(tile.p_pairs + lo * (kBlock / 2), kBlock / 2, scratch, tile.ld, m, tile.ld, (block.count + 1) / 2,
                     1.f, acc, tile.ld);

@@ -27,8 +27,8 @@ inline void load_rows(const T* x, int64_t row_stride, int64_t head_stride, int r
     for (int g = 0; g < group; ++g) {
       const int i = lo + r * group + g;
       const T* row = x + r * row_stride + g * head_stride;
-      if constexpr (kPaired<T>) copy_pairs(row, tile.dim, tile.q_pairs + i * (tile.ld / 2));
-      if constexpr (Mixed || !kPaired<T>) {
+      if constexpr (kByPairs<T>) copy_pairs(row, tile.dim, tile.q_pairs + i * (tile.ld / 2));
+      if constexpr (Mixed || !kByPairs<T>) {
         float* const q = tile.q + i * tile.ld;
         for (int d = padded(tile.dim); d < tile.ld; d += kLanes) store(q + d, F32{});
         pack_row(row, tile.dim, tile.scale, q);

@@ -10,7 +10,7 @@ namespace {
 #if defined(__AMX_BF16__)
 
 // Relative error < 2e-7; below 2^-126, where results would be denormal and slow, 0. The processor splits x into its
-// floor and the rest and puts the former into the exponent: a polynomial fitted for 2^r, 0 <= r < 1, is all there is to do.
+// floor and the rest and puts the former into the exponent: what is left is a polynomial for 2^r, 0 <= r < 1.
 inline F32 power_masked(__mmask16 keep, F32 x) {
   const F32 r = reinterpret_cast<F32>(_mm512_reduce_ps(reinterpret_cast<__m512>(x), 0x9));
   F32 p = splat(0.00187757669f);

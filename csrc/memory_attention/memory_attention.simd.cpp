@@ -69,21 +69,13 @@ void attend<BF16>(const M3MemoryAttentionParams& p, const RowBlocks& blocks, int
     const int64_t row = p.cu_chunk[chunk] + first * blocks.rows, left = p.cu_chunk[chunk + 1] - row;
     if (left <= 0) continue;
     const int rows = static_cast<int>(left < taken * blocks.rows ? left : taken * blocks.rows);
-    const auto place = [&](int i) { return (row + i / group) * p.heads + head * group + i % group; };
-    tile.begin(rows * group, dim, p.scale, p.memory.refs);
-    tile.load_rows(static_cast<const BF16*>(p.q) + row * p.q_stride[0] + head * group * p.q_stride[1], p.q_stride[0],
-                   p.q_stride[1], group);
-    for (int i = 0; i < rows * group; ++i) {
-      float* to = p.mass + place(i) * p.memory.refs;
-      for (int64_t r = 0; r < p.memory.refs; ++r) to[r] = 0.f;
-      tile.set_mass(i, to);
-    }
+    const BF16* q = static_cast<const BF16*>(p.q) + row * p.q_stride[0] + head * group * p.q_stride[1];
+    tile.begin(q, p.q_stride, p.heads, row, head * group, rows, group, dim, p.scale, p.mass, p.memory.refs);
 
     const int64_t from = record_head(p.memory, head);
     if (from >= 0)
       for_each_record_block(p.memory, chunk, from, block,
                             [&](const KeyBlock<BF16>& keys) { tile.consume(tiles, keys, nullptr); });
-    block.biased = false;
     if (p.k != nullptr) {
       const int64_t b = sequence_of(p.cu_q, p.sequences, row), first_key = p.cu_k[b];
       const int64_t limit = (p.cu_k[b + 1] - first_key) - (p.cu_q[b + 1] - p.cu_q[b]) + (row - p.cu_q[b]) + 1;
@@ -97,7 +89,7 @@ void attend<BF16>(const M3MemoryAttentionParams& p, const RowBlocks& blocks, int
         tile.consume(tiles, block, causal(limit, rows, group, at, n, seen));
       }
     }
-    tile.finish(place, static_cast<BF16*>(p.out), p.lse);
+    tile.finish(static_cast<BF16*>(p.out), p.lse);
   }
 }
 

@@ -6,7 +6,7 @@
 // An item's result does not depend on its neighbours.
 #pragma once
 
-#include "common/attention_walk.h"
+#include "common/attention_columns.h"
 #include "common/row_blocks.h"
 #include "m3/memory_decode.h"
 
@@ -98,10 +98,12 @@ struct Ahead {
 };
 
 // Rows of cache that are worked on at a time. A power of two no larger than the smallest page, or more: no stage
-// crosses a page.
+// crosses a page. No fewer than scores are summed of at a time.
+template <class T>
 inline int stage_rows(int64_t bytes_per_row) {
+  constexpr int kFewest = kByPairs<T> || kLanes < 8 ? 8 : kLanes;
   int rows = kBlock;
-  while (rows > 8 && rows * bytes_per_row > kStageBytes) rows /= 2;
+  while (rows > kFewest && rows * bytes_per_row > kStageBytes) rows /= 2;
   return rows;
 }
 
@@ -116,7 +118,7 @@ void consume_cache(const M3MemoryDecodeParams& p, int64_t b, int64_t head, int h
   const CacheSide<T> v{static_cast<const T*>(p.v_cache) + head * p.v_stride[2], p.v_stride, pages, p.page, b};
   const int64_t keys = limit + rows - 1, k_width = (heads - 1) * p.k_stride[2] + tile.dim,
                 v_width = (heads - 1) * p.v_stride[2] + tile.dim;
-  int step = stage_rows(sizeof(T) * (k_width > v_width ? k_width : v_width));
+  int step = stage_rows<T>(sizeof(T) * (k_width > v_width ? k_width : v_width));
   if (pages && step > p.page) step = static_cast<int>(p.page);
   const int m = rows * group;
   int seen[kTileRows];
@@ -138,7 +140,7 @@ void consume_cache(const M3MemoryDecodeParams& p, int64_t b, int64_t head, int h
     }
     const int* visible = causal(limit, rows, group, at, count, seen);
     for (int h = 0; h < heads; ++h) mask_scores(nullptr, count, visible, m, tile.p + h * m * kBlock);
-    absorb<kPaired<T>>(tile, 0, tile.m, count);
+    absorb<kByPairs<T>>(tile, 0, tile.m, count);
     for (int s = 0; s < count; s += step) {
       const int n = count - s < step ? count - s : step;
       Ahead next = s + n < count ? ahead_of(v, v_width, at + s + n, end) : ahead_of(k, k_width, end, keys);
@@ -150,10 +152,10 @@ void consume_cache(const M3MemoryDecodeParams& p, int64_t b, int64_t head, int h
   }
 }
 
-// The same for one head with many query vectors.
-template <class T>
-void consume_cache_blocks(const M3MemoryDecodeParams& p, int64_t b, int64_t head, int64_t limit, int rows, int group,
-                          QueryTile& tile) {
+// The same for one head with many query vectors, block by block: take(block, seen).
+template <class T, class Take>
+void for_each_cache_block(const M3MemoryDecodeParams& p, int64_t b, int64_t head, int64_t limit, int rows, int group,
+                          const Take& take) {
   const T* k = static_cast<const T*>(p.k_cache) + head * p.k_stride[2];
   const T* v = static_cast<const T*>(p.v_cache) + head * p.v_stride[2];
   KeyBlock<T> block;
@@ -172,9 +174,28 @@ void consume_cache_blocks(const M3MemoryDecodeParams& p, int64_t b, int64_t head
                    v + page * p.v_stride[0] + offset * p.v_stride[1], p.v_stride[1], static_cast<int>(n));
       at += n;
     }
-    consume(tile, 0, tile.m, block, causal(limit, rows, group, first, block.count, seen));
+    take(block, causal(limit, rows, group, first, block.count, seen));
   }
 }
+
+#if defined(__AMX_BF16__)
+// Many query vectors on tile registers: all of an item. row: its first.
+__attribute__((noinline)) inline void decode_columns(const M3MemoryDecodeParams& p, int64_t b, int64_t row,
+                                                     int64_t head, int64_t limit, int rows, int group) {
+  TileRegisters tiles;
+  QueryColumns tile;
+  KeyBlock<BF16> block;
+  const BF16* q = static_cast<const BF16*>(p.q) + row * p.q_stride[0] + head * group * p.q_stride[1];
+  tile.begin(q, p.q_stride, p.heads, row, head * group, rows, group, static_cast<int>(p.dim), p.scale, p.mass,
+             p.memory.refs);
+  const auto take = [&](const KeyBlock<BF16>& keys, const int* seen) { tile.consume(tiles, keys, seen); };
+  const int64_t from = record_head(p.memory, head);
+  if (from >= 0)
+    for_each_record_block(p.memory, b, from, block, [&](const KeyBlock<BF16>& keys) { take(keys, nullptr); });
+  for_each_cache_block<BF16>(p, b, head, limit, rows, group, take);
+  tile.finish(static_cast<BF16*>(p.out), p.lse);
+}
+#endif
 
 // How many of `heads` heads with m vectors each are worked on together.
 inline int heads_together(const M3MemoryDecodeParams& p, int64_t heads, int m) {
@@ -200,6 +221,15 @@ void for_each_decode_item(const M3MemoryDecodeParams& p, const RowBlocks& blocks
       continue;
     }
     const int rows = static_cast<int>(left < blocks.rows ? left : blocks.rows), m = rows * group;
+    const int64_t limit = p.kv_len[b] - left + 1;
+#if defined(__AMX_BF16__)
+    if constexpr (kTiled<T> && !Mixed)
+      if (m > kFewRows) {
+        decode_columns(p, b, row, head, limit, rows, group);
+        ++item;
+        continue;
+      }
+#endif
     const int heads = heads_together(p, others, m);
     tile.begin(heads * m, dim, p.scale, p.memory.refs);
     for (int h = 0; h < heads; ++h) {
@@ -208,11 +238,12 @@ void for_each_decode_item(const M3MemoryDecodeParams& p, const RowBlocks& blocks
       begin_mass(tile, h * m, p.mass, p.heads, row, (head + h) * group, rows, group);
     }
     read(tile, heads, m, b, head);
-    const int64_t limit = p.kv_len[b] - left + 1;
     if (m <= kFewRows)
       consume_cache<T>(p, b, head, heads, limit, rows, group, tile);
     else
-      consume_cache_blocks<T>(p, b, head, limit, rows, group, tile);
+      for_each_cache_block<T>(p, b, head, limit, rows, group, [&](const KeyBlock<T>& block, const int* seen) {
+        consume(tile, 0, tile.m, block, seen);
+      });
     for (int h = 0; h < heads; ++h)
       finish(tile, h * m, static_cast<T*>(p.out), p.lse, p.heads, row, (head + h) * group, rows, group);
     item += heads;

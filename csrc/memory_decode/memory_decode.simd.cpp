@@ -52,7 +52,7 @@ void consume_records(const M3Records& memory, int64_t b, int64_t head, int heads
       read_bias(memory, from, now);
       mask_scores(now, nullptr, m, p);
     }
-    absorb<kPaired<T>>(tile, 0, heads * m, now.count);
+    absorb<kByPairs<T>>(tile, 0, heads * m, now.count);
     add_mass(tile, 0, heads * m, now);
     for (int h = 0; h < heads; ++h) {
       const int64_t from = record_head(memory, head + h), v = from * memory.v_stride[1];

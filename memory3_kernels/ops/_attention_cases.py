@@ -238,6 +238,9 @@ def decode_specs() -> dict[str, Spec]:
     )
     found["paged-arena"] = replace(BASE, sequences=((1, 70), (1, 5)), dim=32, page=32, arena=True)
     found["long"] = replace(BASE, heads=(3, 1), sequences=((1, 1100), (1, 300)), dim=24, refs=5, tokens=32, slots=12)
+    # Rows of many heads come in pieces of few keys.
+    found["heads8_D128"] = replace(BASE, heads=(8, 8), dim=128, sequences=((1, 70), (1, 130)))
+    found["heads32x8_D128"] = replace(BASE, heads=(32, 8), dim=128, sequences=((1, 128), (1, 61)))
     found["B0"] = replace(BASE, sequences=())
     return found
 
