@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import memory3_kernels as m3
+from memory3_kernels._backends import use_backend
 from memory3_kernels.ops._attention_cases import Spec, attention_sample, coded_sample, decode_sample
 from memory3_kernels.testing.compare import assert_close
 
@@ -61,6 +62,21 @@ def test_decode_continues_prefill():
     )  # fmt: skip
     for a, e in zip(got, (out, lse, mass), strict=True):
         assert_close(a, e[last : last + 1].double(), 1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_scores_that_outgrow_earlier_ones(dtype):
+    """Every block of keys dwarfs what was summed before it, mass included; some rows stay as they were."""
+    args, kwargs = sample(attention_sample(SPEC), dtype)
+    k = args[1]
+    args = (args[0], (k * torch.linspace(1, 30, len(k)).reshape(-1, 1, 1)).to(dtype), *args[2:])
+    got = m3.memory_attention(*args, **kwargs)
+    with use_backend("reference"):
+        expected = m3.memory_attention(
+            *[a.double() if a is not None and a.is_floating_point() else a for a in args], **kwargs
+        )
+    for a, e in zip(got, expected, strict=True):
+        assert_close(a, e.double(), 1e-5 if dtype is torch.float32 else 4e-3)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
