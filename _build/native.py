@@ -78,6 +78,16 @@ def alone(folder: Path):
         yield
 
 
+def find_ninja() -> list[str]:
+    """This interpreter's own ninja before another on PATH: pip's builds have no other, and one of another version takes
+    every object for outdated."""
+    try:
+        import ninja
+    except ImportError:
+        return [shutil.which("ninja") or "ninja"]
+    return [str(Path(ninja.BIN_DIR) / "ninja")]
+
+
 class Ninja:
     """Collects the edges of a build.ninja."""
 
@@ -110,8 +120,7 @@ class Ninja:
         for target in targets:
             target.parent.mkdir(parents=True, exist_ok=True)
         (self.out / "build.ninja").write_text("\n".join(self.lines) + "\n")
-        ninja = shutil.which("ninja") or shutil.which("ninja", path=str(Path(sys.executable).parent))
-        command = [ninja] if ninja else [sys.executable, "-m", "ninja"]
+        command = find_ninja()
         tool = ["-t", "commands"] if list_commands else ["-j", str(jobs())]
         subprocess.run([*command, "-C", str(self.out), *tool, *map(str, targets)], check=True)
 
@@ -151,8 +160,8 @@ def build(
     for source in sorted(p for p in CSRC.glob("*/*.cpp") if p.parent.name not in ("torch", "numpy")):
         if source.name.endswith(".simd.cpp"):
             for level, flags in levels.items():
-                # -Wno-psabi: vectors never cross a translation unit. -Wno-maybe-uninitialized: GCC 12's own intrinsics.
-                quiet = ["-Wno-psabi", "-Wno-maybe-uninitialized"]
+                # -Wno-psabi: vectors never cross a translation unit. -Wno-...uninitialized: GCC 12's own intrinsics.
+                quiet = ["-Wno-psabi", "-Wno-maybe-uninitialized", "-Wno-uninitialized", "-fno-exceptions"]
                 core.append(ninja.compile(source, [*common, *flags, f"-DM3_LEVEL={level}", *quiet], f".{level}"))
         else:
             core.append(ninja.compile(source, [*common, "-fno-exceptions"]))

@@ -15,6 +15,9 @@ from memory3_kernels.testing.compare import assert_close
 BACKENDS = ["reference"] if os.environ.get("M3_NATIVE") == "0" else ["native", "reference"]
 SPEC = Spec(heads=(6, 2), dim=32, sequences=((70, 90), (5, 5)), chunk=32, refs=3, tokens=6, slots=5,
             lengths=(6, 0, 3, 6, 1), bias="normal")  # fmt: skip
+# Records of more than one block of keys, their slots in ascending order.
+LONG = Spec(heads=(6, 2), dim=32, sequences=((70, 90), (5, 5)), chunk=32, refs=4, tokens=40, slots=4,
+            slot_rows=((0, 1, 2, 3),) * 4, lengths=(40, 33, 40, 40), bias="normal")  # fmt: skip
 # Eight KV heads side by side, read together by one thread and in parts by several; odd numbers of keys.
 WIDE = Spec(heads=(32, 8), dim=128, sequences=((1, 151), (1, 70), (2, 64)), refs=2, tokens=5, slots=4)
 DECODE = Spec(heads=(6, 2), dim=32, sequences=((1, 150), (4, 70), (1, 0)), refs=3, tokens=6, slots=5, arena=True)
@@ -64,12 +67,14 @@ def test_decode_continues_prefill():
         assert_close(a, e[last : last + 1].double(), 1e-5)
 
 
+@pytest.mark.parametrize("which", ["context", "records"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_scores_that_outgrow_earlier_ones(dtype):
+def test_scores_that_outgrow_earlier_ones(dtype, which):
     """Every block of keys dwarfs what was summed before it, mass included; some rows stay as they were."""
-    args, kwargs = sample(attention_sample(SPEC), dtype)
-    k = args[1]
-    args = (args[0], (k * torch.linspace(1, 30, len(k)).reshape(-1, 1, 1)).to(dtype), *args[2:])
+    args, kwargs = sample(attention_sample(LONG), dtype)
+    at = {"context": 1, "records": 6}[which]
+    grown = torch.linspace(1, 30, args[at].shape[0]).reshape(-1, *[1] * (args[at].dim() - 1))  # by key, by slot
+    args = (*args[:at], (args[at] * grown).to(dtype), *args[at + 1 :])
     got = m3.memory_attention(*args, **kwargs)
     with use_backend("reference"):
         expected = m3.memory_attention(

@@ -204,7 +204,7 @@ class QueryColumns {
     return weigh<true, false>(at, seen, most, factor, base);
   }
 
-  // Keep: scores give way to their weights.
+  // Keep: the weights as floats, for add_mass. Not over the scores: they are needed again where weights outgrow the base.
   template <bool Masked, bool Keep>
   F32 weigh(int at, I32 seen, int most, float factor, F32 base) {
     const F32 shift = select(base == splat(-kInf), F32{}, -base);
@@ -212,7 +212,7 @@ class QueryColumns {
     F32 even = {}, odd = {};
     int j = 0;
     for (; j < keys; j += 2) {
-      float* s = scores_ + j * kStripe + at;
+      const float* s = scores_ + j * kStripe + at;
       const F32 a = load(s) * factor + shift, b = load(s + kStripe) * factor + shift;
       F32 p, r;
       if constexpr (Masked)
@@ -220,7 +220,7 @@ class QueryColumns {
       else
         p = power(a), r = power(b);
       even += p, odd += r;
-      if constexpr (Keep) store(s, p), store(s + kStripe, r);
+      if constexpr (Keep) store(kept_ + j * kStripe + at, p), store(kept_ + (j + 1) * kStripe + at, r);
       const U32 pairs = round_pairs(p, r);
       memcpy(weights_ + j / 2 * kStripe + at, &pairs, sizeof pairs);
     }
@@ -250,7 +250,7 @@ class QueryColumns {
     for (int r = 0; r < block.run_count; ++r) {
       const auto& run = block.runs[r];
       F32 total = {};
-      for (int j = run.begin; j < run.end; ++j) total += load(scores_ + j * kStripe + at);
+      for (int j = run.begin; j < run.end; ++j) total += load(kept_ + j * kStripe + at);
       for (int i = 0; i < kLanes && first + i < m_; ++i) mass_[first + i][run.record] += total[i];
     }
   }
@@ -260,6 +260,7 @@ class QueryColumns {
   alignas(64) uint32_t k_[kBlock * kMaxDim / 2];  // [keys, ld]
   alignas(64) uint32_t v_[kMaxDim * kBlock / 2];  // [height, keys / 2]
   alignas(64) float scores_[kBlock * kStripe];
+  alignas(64) float kept_[kBlock * kStripe];
   alignas(64) uint32_t weights_[kBlock / 2 * kStripe];
   float base_[kStripes * kStripe], sum_[kStripes * kStripe];
   float* mass_[kStripes * kStripe];  // of vector i: sums of weights per record

@@ -227,25 +227,7 @@ inline F32 select(I32 mask, F32 yes, F32 no) { return mask ? yes : no; }
 
 inline F32 max(F32 a, F32 b) { return a > b ? a : b; }  // one instruction, which `select` is not
 
-// Pairwise, so that every level sums in a fixed order of its own.
-inline float sum(F32 v) {
-  float lane[kLanes];
-  store(lane, v);
-  for (int n = kLanes / 2; n > 0; n /= 2)
-    for (int i = 0; i < n; ++i) lane[i] += lane[i + n];
-  return lane[0];
-}
-
-inline float max(F32 v) {
-  float lane[kLanes];
-  store(lane, v);
-  float m = lane[0];
-  for (int i = 1; i < kLanes; ++i) m = lane[i] > m ? lane[i] : m;
-  return m;
-}
-
-// Vectors side by side. `mix` interleaves blocks of `Step` lanes: the even (Odd = 0) or odd (Odd = 1) blocks of `a` and
-// `b` in turn. Repeating it for Step = 1, 2, 4, ... transposes a square of vectors.
+// Numbers of lanes, 0, 1, ..., as a pack.
 template <int... I>
 struct Lanes {};
 template <int N, int... I>
@@ -255,6 +237,23 @@ struct MakeLanes<0, I...> {
   typedef Lanes<I...> type;
 };
 
+// Pairwise, so that every level sums in a fixed order of its own: the upper half of the lanes comes down on the lower one,
+// again and again, in registers.
+template <int Half, int... I>
+inline F32 upper_half(F32 v, Lanes<I...>) {
+  return __builtin_shufflevector(v, v, (I < Half ? I + Half : I)...);
+}
+template <int Half = kLanes / 2>
+inline float sum(F32 v) {
+  v += upper_half<Half>(v, typename MakeLanes<kLanes>::type{});
+  if constexpr (Half > 1)
+    return sum<Half / 2>(v);
+  else
+    return v[0];
+}
+
+// Vectors side by side. `mix` interleaves blocks of `Step` lanes: the even (Odd = 0) or odd (Odd = 1) blocks of `a` and
+// `b` in turn. Repeating it for Step = 1, 2, 4, ... transposes a square of vectors.
 template <int Step, int Odd, int... I>
 inline F32 mix(F32 a, F32 b, Lanes<I...>) {
   return __builtin_shufflevector(a, b, ((I / Step % 2 ? I - Step + kLanes : I) + Odd * Step)...);
