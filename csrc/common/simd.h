@@ -1,7 +1,7 @@
 // Run-time choice of the SIMD level. Kernels live in `<op>/<op>.simd.cpp`, which the build compiles once per level with
 // that level's flags and M3_LEVEL set to `none`, `avx2`, `avx512`, `avx512bf16` or `amx`; the launcher `<op>/<op>.cpp` is
-// compiled once for the baseline and picks with M3_AT_LEVEL. One ISA per translation unit: a wide copy of an inline function can never
-// replace the baseline one at link time.
+// compiled once for the baseline and picks with M3_AT_LEVEL. One ISA per translation unit: a wide copy of an inline
+// function can never replace the baseline one at link time.
 #pragma once
 
 namespace m3 {

@@ -1,7 +1,7 @@
 // Products of bf16 operands on tile registers (AMX), for `*.simd.cpp` files: a tile holds 16 rows of 64 bytes, one
 // instruction multiplies two of them, 16 rows of A times 16 columns of B over 16 pairs, 16 times what vdpbf16ps does in
-// the same time. Operands are those of common/pair_tile.h. Semantics: Intel 64 and IA-32 Architectures Software Developer's Manual, volume 2,
-// TDPBF16PS: exact products, fp32 sums, denormals count as zeros.
+// the same time. Operands are those of common/pair_tile.h. Semantics: Intel 64 and IA-32 Architectures Software
+// Developer's Manual, volume 2, TDPBF16PS: exact products, fp32 sums, denormals count as zeros.
 #pragma once
 
 #include "common/pair_tile.h"
@@ -35,7 +35,9 @@ using emulated::tile_store;
 using emulated::tile_zero;
 #else
 // With "memory": GCC's own intrinsics do not say what they read.
-inline void tile_set_up(const void* shapes) { asm volatile("ldtilecfg %0" ::"m"(*static_cast<const char(*)[64]>(shapes))); }
+inline void tile_set_up(const void* shapes) {
+  asm volatile("ldtilecfg %0" ::"m"(*static_cast<const char(*)[64]>(shapes)));
+}
 inline void tile_release() { asm volatile("tilerelease"); }
 template <int To>
 inline void tile_zero() {
