@@ -6,7 +6,7 @@ from setuptools.build_meta import *  # noqa: F403
 
 
 def _with_torch(requirements: list[str]) -> list[str]:
-    return requirements if find_torch.find() else [*requirements, "torch>=2.13"]
+    return requirements if find_torch.find() else [*requirements, "torch>=2.11"]
 
 
 def get_requires_for_build_wheel(config_settings=None):

@@ -6,7 +6,7 @@
 
 Products, all inside `memory3_kernels/lib/` but the last:
     libm3_cpu.so     csrc/common and csrc/<op>: no torch; `*.simd.cpp` once per SIMD level
-    libm3_torch.so   csrc/torch: LibTorch stable ABI (floor 2.13), loads under any later torch
+    libm3_torch.so   csrc/torch: LibTorch stable ABI (floor 2.11), loads under any later torch
     _numpy.*.so      csrc/numpy: pybind11, one per Python version (beside the package's modules)
 and where nvcc is found (_build/cuda_build.py has the variables):
     libm3_cuda_cu13.so    csrc/**/*.cu: nvcc alone, the CUDA runtime inside, no torch; named after CUDA's major version
@@ -36,7 +36,7 @@ ROOT = Path(__file__).resolve().parent.parent
 CSRC = ROOT / "csrc"
 WORK = ROOT / "build" / "native"
 VERSION = (ROOT / "VERSION").read_text().strip()
-TORCH_FLOOR = "0x020d000000000000"  # 2.13: what the binding may use, whatever torch it is built against
+TORCH_FLOOR = "0x020b000000000000"  # 2.11: what the binding may use, whatever torch it is built against
 
 # Flags per SIMD level. No -march=native anywhere: a wheel built here must start on any x86-64.
 LEVELS = {"none": []}
@@ -138,7 +138,7 @@ def build(
     torch_dir = find_torch.find()
     if torch_dir is None:
         raise RuntimeError(
-            "torch >= 2.13 is needed to build: pip install 'torch>=2.13', or set M3_TORCH_DIR to its folder"
+            "torch >= 2.11 is needed to build: pip install 'torch>=2.11', or set M3_TORCH_DIR to its folder"
         )
     toolkit = None if emulate_avx512 else cuda_build.toolkit()
     cxx = os.environ.get("CXX", "g++")
@@ -223,7 +223,8 @@ def add_cuda(
     objects = [ninja.compile(source, stable) for source in sorted((CSRC / "torch" / "cuda").glob("*.cpp"))]
     ninja.link(lib_dir / "libm3_torch_cuda.so", objects, [
         f"-L{lib_dir}", f"-l:{toolkit.library}", "-lm3_cpu", f"-L{torch_dir}/lib", "-ltorch_cpu", "-lc10",
-        "-Wl,-rpath,'$$ORIGIN'", "-Wl,-z,defs"], after=(kernels, lib_dir / "libm3_cpu.so"))  # fmt: skip
+        # libtorch brings libtorch_cuda with it where torch has one: the binding asks that for the current stream.
+        "-Wl,--no-as-needed", "-ltorch", "-Wl,-rpath,'$$ORIGIN'", "-Wl,-z,defs"], after=(kernels, lib_dir / "libm3_cpu.so"))  # fmt: skip
 
 
 if __name__ == "__main__":

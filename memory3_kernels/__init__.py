@@ -35,7 +35,7 @@ else:  # numpy_api and the doctor still work
 
     def __getattr__(name: str):
         if name in __all__:
-            raise ImportError(f"memory3_kernels.{name} needs torch, which is not installed: pip install 'torch>=2.13'")
+            raise ImportError(f"memory3_kernels.{name} needs torch, which is not installed: pip install 'torch>=2.11'")
         raise AttributeError(f"module 'memory3_kernels' has no attribute {name!r}")
 
 

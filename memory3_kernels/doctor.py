@@ -20,7 +20,7 @@ import memory3_kernels
 
 from . import numpy_api
 
-WITHOUT_TORCH = "torch is not installed: pip install 'torch>=2.13'"
+WITHOUT_TORCH = "torch is not installed: pip install 'torch>=2.11'"
 
 
 def _cpu_model() -> str:

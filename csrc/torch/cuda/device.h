@@ -11,6 +11,9 @@
 
 #if defined(M3_SIMT)
 extern "C" void simt_note_memory(const void* data, size_t bytes, int fresh);
+#else
+// Of libtorch_cuda, which a torch for CPUs has not: there no tensor lies on a GPU, and nobody asks.
+extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device, void** stream);
 #endif
 
 namespace m3::binding {
@@ -53,7 +56,9 @@ inline void* current_stream([[maybe_unused]] const Tensor& t) {
 #if defined(M3_SIMT)
   return nullptr;
 #else
-  return torch::stable::accelerator::getCurrentStream(device_index(t)).nativeHandle();
+  void* stream;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device_index(t), &stream));
+  return stream;
 #endif
 }
 
