@@ -20,7 +20,7 @@ from memory3_kernels import _cuda, doctor
 
 from .. import environment
 from ..report import document, progress, write_json
-from . import devices, measure, shapes, steps
+from . import ceilings, devices, measure, shapes, steps
 from .clock import Clock
 from .markdown import render
 
@@ -68,31 +68,43 @@ def main(args: argparse.Namespace) -> int:
         return 2
     gpu = about()
     known = devices.like(gpu["name"])
+    clock = Clock(gpu["l2_bytes"])
+    best = ceilings.measure(clock)
     done: list[steps.Step] = []
+    rows: list[dict[str, Any]] = []
+    table: list[dict[str, Any]] = []
+    about_machine = environment.describe() | {"gpu": gpu, "doctor": doctor.examine()["cuda"]["kernels"]}
+
+    def save() -> dict[str, Any]:
+        """The report as far as it is: a run that is cut off has left what it measured."""
+        report = document(
+            "gpu-check", {"rounds": args.rounds, "skipped": args.skip}, about_machine, rows,
+            steps=[asdict(step) for step in done], decode=table, data_sheet=known and asdict(known),
+            ceilings=asdict(best),
+        )  # fmt: skip
+        write_json(args.out.with_suffix(".json"), report)
+        args.out.with_suffix(".md").write_text(render(report), encoding="utf-8")
+        return report
+
     if "tests" not in args.skip:
         done.append(steps.tests())
-    if "sanitizers" not in args.skip:
-        done += [steps.sanitizer(tool) for tool in steps.TOOLS]
-    clock = Clock(gpu["l2_bytes"])
-    rows, table = [], []
+        save()
+    for tool in () if "sanitizers" in args.skip else steps.TOOLS:
+        done.append(steps.sanitizer(tool))
+        save()
     if "ops" not in args.skip:
         work = [(op, shape) for op in args.op for shape in shapes.SHAPES.values()]
         with progress("ops", len(work)) as count:
             for op, shape in work:
-                rows += count(measure.measure(op, shape, clock, known, args.rounds))
+                rows += count(measure.measure(op, shape, clock, known, args.rounds, best=best))
                 torch.cuda.empty_cache()
+                save()
     if "decode" not in args.skip:
-        table = measure.decode_table(clock, known, args.rounds)
-    report = document(
-        "gpu-check",
-        {"rounds": args.rounds, "skipped": args.skip},
-        environment.describe() | {"gpu": gpu, "doctor": doctor.examine()["cuda"]["kernels"]},
-        rows, steps=[asdict(step) for step in done], decode=table, data_sheet=known and asdict(known),
-    )  # fmt: skip
-    write_json(args.out.with_suffix(".json"), report)
-    text = render(report)
-    args.out.with_suffix(".md").write_text(text, encoding="utf-8")
-    print(text)
+        for row in measure.decode_table(clock, known, args.rounds, best=best):
+            table.append(row)
+            save()
+    report = save()
+    print(render(report))
     return verdict(report)
 
 

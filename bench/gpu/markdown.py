@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 COLUMNS = (
-    "op, shape", "backend", "cold us", "hot us", "predicted us", "floors us", "GB/s", "of data sheet", "TFLOP/s",
-    "of data sheet", "note",
+    "op, shape", "backend", "cold us", "hot us", "predicted us", "floors us", "GB/s", "of reads", "TFLOP/s",
+    "of matmul", "note",
 )  # fmt: skip
 
 
@@ -30,10 +30,10 @@ def _op_row(row: dict[str, Any]) -> str:
 
 def _decode(rows: list[dict[str, Any]]) -> list[str]:
     """One line per shape, batch and context: without memories, with them, and what they cost."""
-    heads = ("shape", "batch", "context", "without us", "with us", "memories us", "predicted us", "of data sheet")
+    heads = ("shape", "batch", "context", "without us", "with us", "memories us", "predicted us", "of reads")
     lines = [_line(heads), _line(("---",) * len(heads))]
     at = {(r["shape"], r["batch"], r["context"], bool(r["refs"])): r for r in rows}
-    for shape, batch, context in dict.fromkeys(key[:3] for key in at):
+    for shape, batch, context in dict.fromkeys(key[:3] for key in at if key[3]):
         plain, full = at[shape, batch, context, False], at[shape, batch, context, True]
         cost = (
             _number({"d": full["cold_us"] - plain["cold_us"]}, "d") if not (plain["reason"] or full["reason"]) else ""
@@ -55,6 +55,11 @@ def render(report: dict[str, Any]) -> str:
         f"{packages['torch']}, CUDA {gpu['cuda_of_torch']}; kernels built for {gpu['archs'] or 'nothing'}: "
         f"{gpu['cuda_kernels']}.",
     ]
+    if "ceilings" in report:
+        best = report["ceilings"]
+        lines += ["", f"Best of this GPU, measured in the same run: reads {best['read_gb_s']:.0f} GB/s, copies "
+                  f"{best['copy_gb_s']:.0f} GB/s (read and written), bf16 matrix products {best['matmul_tflops']:.0f} "
+                  "TFLOP/s. Shares below are of the first and the last."]  # fmt: skip
     if report["data_sheet"] is None:
         lines += ["", "No data sheet of this device is known (bench/gpu/devices.py): there are no predictions."]
     if report["steps"]:

@@ -15,6 +15,7 @@ from memory3_kernels._registry import OPS, Op
 from memory3_kernels.testing.compare import as_tuple, assert_close, widen
 
 from . import roofline, shapes
+from .ceilings import Ceilings
 from .clock import Clock
 from .devices import Device
 from .peers import PEERS
@@ -87,6 +88,7 @@ def call_of(op: Op, name: str, args: tuple, kwargs: dict) -> Callable[[], object
 def measure(
     op_name: str, shape: shapes.Shape, clock: Clock, known: Device | None, rounds: int = 30,
     dtype: torch.dtype = torch.bfloat16, device: str = "cuda", only: tuple[str, ...] = (),
+    best: Ceilings | None = None,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """One row per backend and peer (or those in `only`); a row whose gate failed has `reason` and no times."""
     op = OPS[op_name]
@@ -109,28 +111,28 @@ def measure(
                 except Exception as error:  # out of memory, or a peer at this size
                     row["reason"] = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
                 else:
-                    row |= rates(times, cost, known)
+                    row |= rates(times, cost, best)
         rows.append(row)
     return rows
 
 
-def rates(times, cost, known: Device | None) -> dict[str, Any]:
+def rates(times, cost, best: Ceilings | None) -> dict[str, Any]:
     cold, hot = times.cold, times.hot
     found = {"cold_us": cold.median, "cold_low_us": cold.low, "cold_high_us": cold.high, "hot_us": hot.median,
              "captured": times.captured, "gb_per_s": cost.bytes / cold.median / 1e3,
              "tflop_per_s": cost.flops / cold.median / 1e6}  # fmt: skip
-    if known is not None:
-        found["bandwidth_share"] = found["gb_per_s"] / known.gb_s
-        found["rate_share"] = found["tflop_per_s"] / known.tflops
+    if best is not None:
+        found["bandwidth_share"] = found["gb_per_s"] / best.read_gb_s
+        found["rate_share"] = found["tflop_per_s"] / best.matmul_tflops
     return found
 
 
-def decode_table(clock: Clock, known: Device | None, rounds: int = 30, device: str = "cuda") -> list[dict[str, Any]]:
+def decode_table(
+    clock: Clock, known: Device | None, rounds: int = 30, device: str = "cuda", best: Ceilings | None = None
+) -> Iterator[dict[str, Any]]:
     """memory_decode over batches and contexts, with the paper's memories and without any: what they cost per layer."""
-    rows = []
     for shape in shapes.SHAPES.values():
         for batch, context, refs in itertools.product(BATCHES, CONTEXTS, (0, shape.refs)):
             at = replace(shape, batch=batch, context=context, refs=refs)
-            found = measure("memory_decode", at, clock, known, rounds, device=device, only=("cuda",))
-            rows += [{**row, "refs": refs} for row in found]
-    return rows
+            found = measure("memory_decode", at, clock, known, rounds, device=device, only=("cuda",), best=best)
+            yield from ({**row, "refs": refs} for row in found)

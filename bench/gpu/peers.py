@@ -65,23 +65,27 @@ def flash_attn_kvcache(
     return Peer(call, lambda out: out.view(q.shape), (query, keys, values))
 
 
-def flashinfer_paged(
-    q, k_cache, v_cache, kv_len, block_table, cu_q, mem_k, mem_v, mem_slot, mem_len, mem_bias=None, head_map=None, *,
-    scale, max_q, max_kv,
-) -> Peer:  # fmt: skip
-    """memory_decode's peer: FlashInfer's batch decoding over pages that hold records and context.
+def flashinfer_paged(*args, **kwargs) -> Peer:
+    """memory_decode's peer: FlashInfer's batch decoding over pages that hold records and context, on CUDA cores."""
+    return _flashinfer("flashinfer_paged", False, *args, **kwargs)
 
-    Raises:
-        ValueError: more than one new token per sequence, or tokens that do not fill whole pages.
-    """
-    plain_records("flashinfer_paged", mem_bias, head_map)
+
+def flashinfer_tensor_cores(*args, **kwargs) -> Peer:
+    """The same on tensor cores, which FlashInfer advises for several query heads per KV head."""
+    return _flashinfer("flashinfer_tensor_cores", True, *args, **kwargs)
+
+
+def _flashinfer(
+    name, tensor_cores, q, k_cache, v_cache, kv_len, block_table, cu_q, mem_k, mem_v, mem_slot, mem_len, mem_bias=None,
+    head_map=None, *, scale, max_q, max_kv,
+) -> Peer:  # fmt: skip
+    """Raises ValueError for more than one new token per sequence."""
+    plain_records(name, mem_bias, head_map)
     flashinfer = _need("flashinfer", "flashinfer-python")
-    keys, values = beside_context(
-        "flashinfer_paged", k_cache, v_cache, kv_len, block_table, mem_k, mem_v, mem_slot, mem_len
-    )
+    keys, values = beside_context(name, k_cache, v_cache, kv_len, block_table, mem_k, mem_v, mem_slot, mem_len)
     batch, tokens, heads, dim = keys.shape
     if max_q != 1:
-        raise ValueError(f"flashinfer_paged: expected one new token per sequence, got {max_q}")
+        raise ValueError(f"{name}: expected one new token per sequence, got {max_q}")
     count = -(-tokens // PAGE)
     sides = [torch.nn.functional.pad(x, (0, 0, 0, 0, 0, count * PAGE - tokens)) for x in (keys, values)]
     pages = tuple(x.reshape(batch * count, PAGE, heads, dim) for x in sides)
@@ -89,8 +93,10 @@ def flashinfer_paged(
     starts = torch.arange(batch + 1, dtype=torch.int32, device=q.device) * count
     last = torch.full((batch,), tokens - (count - 1) * PAGE, dtype=torch.int32, device=q.device)
     workspace = torch.empty(128 << 20, dtype=torch.uint8, device=q.device)
-    wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(workspace, "NHD")
-    wrapper.plan(starts, index, last, q.shape[1], heads, dim, PAGE, q_data_type=q.dtype, sm_scale=scale)
+    wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(workspace, "NHD", use_tensor_cores=tensor_cores)
+    wrapper.plan(
+        starts, index, last, q.shape[1], heads, dim, PAGE, q_data_type=q.dtype, kv_data_type=q.dtype, sm_scale=scale
+    )
     return Peer(lambda: wrapper.run(q, pages), lambda out: out, (q, *pages))
 
 
@@ -167,7 +173,7 @@ def faiss_and_copy(codes: Tensor, *args: Tensor | None, tokens: int | None = Non
 PEERS: dict[str, tuple[Callable[..., Peer], ...]] = {
     "gather_dequantize": (faiss_and_copy,),
     "memory_attention": (flex_attention,),
-    "memory_decode": (flash_attn_kvcache, flashinfer_paged, sdpa_concatenated, flex_decode),
+    "memory_decode": (flash_attn_kvcache, flashinfer_paged, flashinfer_tensor_cores, sdpa_concatenated, flex_decode),
     "select_tokens": (matmul_softmax_topk,),
     "vq_dequantize": (faiss_and_copy,),
 }

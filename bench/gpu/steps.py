@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import shutil
 import subprocess
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 TESTS = ("tests/test_ops.py", "tests/gpu/test_device.py")
-# One case of each op and type is enough for the sanitizer, which is some hundred times slower.
+# The sanitizer is some hundred times slower: the CUDA kernels in one type, without torch's own test machinery.
 SANITIZED = ("tests/gpu/test_device.py",)
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 FOUND = 99  # exit code of compute-sanitizer where it has findings
@@ -32,11 +34,17 @@ def _pytest(files: tuple[str, ...], *options: str) -> list[str]:
     return [sys.executable, "-m", "pytest", *files, *options]
 
 
-def _run(name: str, command: list[str], timeout: float) -> tuple[subprocess.CompletedProcess | None, float]:
-    import time
+def _workers() -> list[str]:
+    """Triton's compiler is what the tests wait for: several processes where pytest-xdist is installed."""
+    if importlib.util.find_spec("xdist") is None:
+        return []
+    return ["-n", str(max(1, min(12, (os.cpu_count() or 1) - 2)))]
 
+
+def _run(command: list[str], timeout: float, **variables: str) -> tuple[subprocess.CompletedProcess | None, float]:
     begin = time.monotonic()
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT / "tests"), str(ROOT)])}
+    paths = [str(ROOT / "tests"), str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)} | variables
     try:
         done = subprocess.run(
             command, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=timeout, errors="replace"
@@ -48,7 +56,7 @@ def _run(name: str, command: list[str], timeout: float) -> tuple[subprocess.Comp
 
 def tests(timeout: float = 3600) -> Step:
     """Every op x backend on the GPU."""
-    done, seconds = _run("tests", _pytest(TESTS, "-k", "device or cuda_kernels or captured"), timeout)
+    done, seconds = _run(_pytest(TESTS, *_workers(), "-k", "device or cuda_kernels or captured"), timeout)
     if done is None:
         return Step("tests", "failed", f"not done after {timeout:.0f} s", seconds)
     last = done.stdout.strip().splitlines()[-1:] or [done.stderr[-300:]]
@@ -64,8 +72,8 @@ def sanitizer(tool: str, timeout: float = 3600) -> Step:
     if program is None:
         return Step(tool, "skipped", "compute-sanitizer is not installed (CUDA toolkit, or nvidia-cuda-sanitizer-api)")
     command = [program, "--tool", tool, "--error-exitcode", str(FOUND), "--target-processes", "all", "--print-limit",
-               "20", *_pytest(SANITIZED, "-k", "cuda_kernels", "-p", "no:faulthandler")]  # fmt: skip
-    done, seconds = _run(tool, command, timeout)
+               "20", *_pytest(SANITIZED, "-k", "cuda_kernels and bfloat16", "-p", "no:faulthandler")]  # fmt: skip
+    done, seconds = _run(command, timeout, PYTORCH_NO_CUDA_MEMORY_CACHING="1")  # its own blocks hide what lies beyond
     if done is None:
         return Step(tool, "failed", f"not done after {timeout:.0f} s", seconds)
     said = re.findall(r"^=+ (.*)$", done.stdout + done.stderr, re.MULTILINE)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from bench import __main__ as command
-from bench.gpu import check, clock, devices, measure, peers, roofline, shapes, steps
+from bench.gpu import ceilings, check, clock, devices, measure, peers, roofline, shapes, steps
 from bench.timing import Summary
 from memory3_kernels import triton
 from memory3_kernels._backends import has_cuda_kernel
@@ -104,10 +104,11 @@ def test_flash_attn_and_flashinfer_get_their_arguments(monkeypatch):
         return out.transpose(1, 2)
 
     class Wrapper:
-        def __init__(self, workspace, layout):
+        def __init__(self, workspace, layout, *, use_tensor_cores):
             assert layout == "NHD"
 
-        def plan(self, indptr, indices, last, q_heads, kv_heads, dim, page, *, q_data_type, sm_scale):
+        def plan(self, indptr, indices, last, q_heads, kv_heads, dim, page, *, q_data_type, kv_data_type, sm_scale):
+            assert q_data_type == kv_data_type
             self.planned = indptr.tolist(), indices.tolist(), last.tolist(), page, sm_scale
 
         def run(self, q, pages):
@@ -123,7 +124,7 @@ def test_flash_attn_and_flashinfer_get_their_arguments(monkeypatch):
 
     monkeypatch.setitem(sys.modules, "flash_attn", types.SimpleNamespace(flash_attn_with_kvcache=kvcache))
     monkeypatch.setitem(sys.modules, "flashinfer", types.SimpleNamespace(BatchDecodeWithPagedKVCacheWrapper=Wrapper))
-    for make in (peers.flash_attn_kvcache, peers.flashinfer_paged):
+    for make in (peers.flash_attn_kvcache, peers.flashinfer_paged, peers.flashinfer_tensor_cores):
         assert measure.peer_gate(OPS["memory_decode"], make, TINY, torch.float32, "cpu") is None
 
 
@@ -219,6 +220,8 @@ def test_rows_and_report(monkeypatch, tmp_path, capsys):
            "l2_bytes": 40 << 20, "cuda_of_torch": "13.0", "archs": "80", "cuda_kernels": "in use"}  # fmt: skip
     monkeypatch.setattr(check, "about", lambda: gpu)
     monkeypatch.setattr(check, "Clock", StubClock)
+    best = ceilings.measure(StubClock(), 2, "cpu", 1 << 10, 8)
+    monkeypatch.setattr(ceilings, "measure", lambda *_: best)
     monkeypatch.setattr(steps, "tests", lambda: steps.Step("tests", "passed", "9 passed"))
     out = tmp_path / "report"
     line = ["gpu-check", "--op", "memory_decode", "--skip", "sanitizers", "--rounds", "2", "--out", str(out)]
@@ -228,7 +231,7 @@ def test_rows_and_report(monkeypatch, tmp_path, capsys):
     assert "an argument is on cpu" in by["cuda"]["reason"] and by["reference"]["cold_us"] == 12.0
     assert by["sdpa_concatenated"]["kind"] == "peer" and by["sdpa_concatenated"]["hot_us"] == 10.0
     cost = roofline.cost_of("memory_decode", TINY)
-    assert by["reference"]["bandwidth_share"] == pytest.approx(cost.bytes / 12.0 / 1e3 / A100.gb_s)
+    assert by["reference"]["bandwidth_share"] == pytest.approx(cost.bytes / 12.0 / 1e3 / best.read_gb_s)
     assert {row["refs"] for row in report["decode"]} == {0, 5}
     text = out.with_suffix(".md").read_text()
     assert text in capsys.readouterr().out and "| tests | passed |" in text and "| `memory_decode`, tiny |" in text
