@@ -18,6 +18,8 @@ memory3 eval --quick --json quick.json\n
 memory3 eval --json full.json --out runs/eval --closed-book runs/none/adapter --text-reader runs/text/adapter\n
 memory3 eval --adapter none --json original.json --questions 200 --others 50\n
 memory3 eval --ablate --questions 100 --others 0 --json ablations.json\n
+memory3 eval --prepare questions.npz   [dim]then, where only the checkpoint is:[/dim]\n
+memory3 eval --prepared questions.npz --device cuda --json full.json\n
 Stopped or killed? Run the same command again: answers that are there are kept.
 """
 
@@ -45,6 +47,10 @@ def run(
     text_reader: Annotated[
         Path | None, typer.Option(help="Adapter trained equally long to read text (read=text).")
     ] = None,
+    also: Annotated[
+        list[str] | None,
+        typer.Option(help="NAME=FOLDER: a further adapter, with its own memory settings (repeatable)."),
+    ] = None,
     ablate: Annotated[
         bool, typer.Option("--ablate", help="Tables that need no training instead: tokens, layers, rules, codecs.")
     ] = False,
@@ -52,47 +58,55 @@ def run(
         list[Path] | None, typer.Option(help="General text to compare readers on, without memory: files or folders.")
     ] = None,
     windows: Annotated[int, typer.Option(min=1, help="Pieces of 256 tokens of each --text.")] = 100,
+    prepare: Annotated[
+        Path | None, typer.Option(help="Only write questions, references and what is found for them into this file.")
+    ] = None,
+    prepared: Annotated[
+        Path | None, typer.Option(help="Ask what --prepare wrote: needs no texts and no embedder.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="Where the model runs: cpu, cuda.")] = "cpu",
+    minutes: Annotated[float, typer.Option(min=0, help="Ask no more after so long, and report; 0: all of it.")] = 0,
     seed: Annotated[int, typer.Option(help="Draws the questions.")] = 0,
     model: ModelOption = DEFAULT_MODEL,
     threads: ThreadsOption = 0,
 ) -> None:
     """Ask questions with no memory, with memories, and with text, and compare."""
-    from ..data import DataMissing
-    from ..embed import Embedder
     from ..eval.arms import ablations, main_arms
-    from ..eval.general import general_losses
+    from ..eval.general import cut_windows, general_losses
     from ..eval.load import about, books, load_readers
+    from ..eval.prepared import Plan, Prepared
     from ..eval.report import difference, table
-    from ..eval.run import Evaluation, Plan
-    from ..eval.sets import BENCHMARKS, SETS
+    from ..eval.run import Evaluation
+    from ..eval.sets import BENCHMARKS, KNOWN, SETS
 
     set_threads(threads)
+    began = time.monotonic()
     if quick:
         questions, others, controls, spoken = 40, 16, 0, 16
-    chosen = sets or list(SETS)
+    given = Prepared.load(prepared) if prepared is not None else None
+    chosen = sets or (list(given.asked) if given else [s for s in SETS if s not in KNOWN])
     counts = {s: (questions if s in BENCHMARKS else others) for s in chosen}
-    counts = {s: n for s, n in counts.items() if n}
-    began = time.monotonic()
-    readers, tokenizer = load_readers(model, adapter, closed_book=closed_book, text_reader=text_reader)
+    plan = Plan({s: n for s, n in counts.items() if n}, seed)
+    if prepare is not None:
+        return _prepare(plan, model, text or (), windows, folder, prepare)
+    rivals = {"closed_book": closed_book, "text_reader": text_reader, "also": _named_folders(also or ())}
+    readers, tokenizer = load_readers(model, adapter, device=device, **rivals)
     net = readers["original"].net
-    settings = about(model, readers, adapted=adapter, closed_book=closed_book, reader_of_text=text_reader)
-    plan = Plan(counts, 0 if ablate else spoken, seed)
-    try:
-        evaluation = Evaluation(
-            readers, tokenizer, Embedder(), plan, folder, codecs=books(model, adapter), about=settings,
-            notify=lambda what: err.print(f"[dim]{what}[/dim]"),
-        )  # fmt: skip
-    except DataMissing as error:  # which names the command that installs it
-        raise FileNotFoundError(f"{error}; or leave the sets out that need it (--set)") from None
+    if given is None:
+        given = _lookup(plan, tokenizer, net.memory.span, folder)
+    rivals["reader_of_text"] = rivals.pop("text_reader")
+    evaluation = Evaluation(
+        given.fewer(plan.counts), readers, tokenizer, folder, generate=0 if ablate else spoken,
+        codecs=books(model, adapter), about=about(model, readers, adapted=adapter, **rivals),
+        until=began + 60 * minutes if minutes else None,
+    )  # fmt: skip
     if ablate:
         who = "adapted" if "adapted" in readers else "original"
         groups = ablations(net.config.n_layers, net.config.n_kv_heads, who)
         groups = {name: part for name, part in groups.items() if not arms or any(a in name for a in arms)}
-        baseline = main_arms(net.config.n_layers, net.memory.span, (who,))[:2]
-        groups = {"without, and as it is": baseline, **groups}
+        groups = {"without, and as it is": main_arms({who: readers[who]})[:2], **groups}
     else:
-        every = main_arms(net.config.n_layers, net.memory.span, tuple(readers), controls)
-        groups = {"": [a for a in every if not arms or any(part in a.name for part in arms)]}
+        groups = {"": [a for a in main_arms(readers, controls) if not arms or any(part in a.name for part in arms)]}
     report: dict[str, Any] = {"settings": json.loads((folder / "settings.json").read_text()), "tables": {}}
     for name, part in groups.items():
         part = [_named(name, a) for a in part]
@@ -100,9 +114,10 @@ def run(
             results = evaluation.run(part, tick)
         report["tables"][name] = _summary(results)
         _show(name, report["tables"][name]["rows"])
-    if text:
-        with _bar("general text", len(readers) * windows * len(text)) as tick:
-            results = general_losses(readers, tokenizer, text, windows, seed, tick)
+    texts = {**given.texts, **cut_windows(text or (), tokenizer, windows, seed)}
+    if texts:
+        with _bar("general text", len(readers) * sum(map(len, texts.values()))) as tick:
+            results = general_losses(readers, tokenizer, texts, tick)
         rises = {
             name: difference(results, f"{name}: no memory", "original: no memory")
             for name in readers
@@ -114,6 +129,49 @@ def run(
     json_file.parent.mkdir(parents=True, exist_ok=True)
     json_file.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     _draw(report, json_file.with_suffix(".png"))
+
+
+def _lookup(plan, tokenizer, span: int, folder: Path):
+    """The questions, with what the retriever finds for them."""
+    from ..data import DataMissing
+    from ..embed import Embedder
+    from ..eval.prepared import prepare
+
+    try:
+        return prepare(
+            plan, tokenizer, span, Embedder(), folder / "vectors", lambda what: err.print(f"[dim]{what}[/dim]")
+        )
+    except DataMissing as error:  # which names the command that installs it
+        raise FileNotFoundError(f"{error}; or leave the sets out that need it (--set)") from None
+
+
+def _prepare(plan, model: str, texts, windows: int, folder: Path, file: Path) -> None:
+    """Everything that needs no weights, into one file."""
+    from dataclasses import replace
+
+    from ..eval.general import cut_windows
+    from ..model.load import default_memory, open_checkpoint
+
+    checkpoint, memory = open_checkpoint(model)
+    tokenizer = checkpoint.tokenizer()
+    span = (memory or default_memory(checkpoint.config, tokenizer)).span
+    prepared = _lookup(plan, tokenizer, span, folder)
+    prepared = replace(prepared, texts=cut_windows(texts, tokenizer, windows, plan.seed))
+    prepared.save(file)
+    told = ", ".join(f"{len(part):,} of {name}" for name, part in prepared.asked.items())
+    among = ", ".join(f"{len(part):,} {which}" for which, part in prepared.among.items())
+    out.print(f"{file}: questions: {told}; references: {among}; {file.stat().st_size / 1e6:.1f} MB")
+
+
+def _named_folders(given) -> dict[str, Path]:
+    """NAME=FOLDER by name. Raises ValueError for anything else, and for a name that a reader has already."""
+    found = {}
+    for text in given:
+        name, equals, folder = text.partition("=")
+        if not (name and equals and folder) or name in ("original", "adapted", "closed book", "reader of text", *found):
+            raise ValueError(f"--also {text!r}: expected NAME=FOLDER with a name of its own")
+        found[name] = Path(folder)
+    return found
 
 
 def _named(group: str, arm):

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ..model.llama import Llama
 
 CHOICES = ("found", "random", "gold removed")
 CODECS = {"VQ 10 B": "OPQ8_64,Residual2x8,PQ8x8", "VQ 34 B": "Residual2x8,PQ32x8"}  # bytes per vector; bf16 has 128
@@ -45,26 +48,50 @@ class Arm:
             raise ValueError(f"arm {self.name!r}: expected refs >= 0 and noise 0..1, got {self.refs} and {self.noise}")
 
 
-def main_arms(n_layers: int, span: int, readers: tuple[str, ...], controls: int = 0) -> list[Arm]:
-    """The main table for the weights there are: "original", and if given "adapted", "closed book", "reader of text"."""
+@dataclass(frozen=True)
+class Reader:
+    """Weights that read, with the memory configuration they were trained with, and those that write for them.
+
+    writer   of a "frozen" adapter the checkpoint itself
+    reads    what they were trained to read: "memory", "none" (a closed book) or "text"
+    """
+
+    net: Llama
+    writer: Llama
+    reads: str = "memory"
+
+
+def main_arms(readers: Mapping[str, Reader], controls: int = 0) -> list[Arm]:
+    """The main table: all arms of "original" and of weights that read memory, those of their kind of the others."""
     arms: list[Arm] = []
-    every = {"layers": tuple(range(n_layers)), "tokens": span, "rule": "causal"}
-    for who in (r for r in readers if r in ("original", "adapted")):
-        arms += [
-            Arm(f"{who}: no memory", who),
-            Arm(f"{who}: memory", who, "memory"),
-            *(Arm(f"{who}: memory, {n}", who, "memory", codec=c, limit=controls) for n, c in CODECS.items()),
-            Arm(f"{who}: RAG 5", who, "text", limit=controls),
-            Arm(f"{who}: RAG 1", who, "text", refs=1, limit=controls),
-            Arm(f"{who}: full KV", who, "memory", memory=every, limit=controls),
-            Arm(f"{who}: random memories", who, "memory", choose="random", limit=controls),
-            Arm(f"{who}: gold removed", who, "memory", choose="gold removed", limit=controls),
-        ]
-    if "closed book" in readers:
-        arms.append(Arm("trained closed book", "closed book"))
-    if "reader of text" in readers:
-        arms.append(Arm("trained reader: RAG 5", "reader of text", "text", limit=controls))
+    for who, reader in readers.items():
+        if who == "closed book":
+            arms.append(Arm("trained closed book", who))
+        elif reader.reads == "none":
+            arms.append(Arm(f"{who}: no memory", who))
+        elif reader.reads == "text":
+            name = "trained reader" if who == "reader of text" else who
+            arms += [Arm(f"{name}: RAG {n}", who, "text", refs=n, limit=controls) for n in (5, 1)]
+        else:
+            arms += _memory_arms(who, reader, controls)
     return arms
+
+
+def _memory_arms(who: str, reader: Reader, controls: int) -> list[Arm]:
+    every = {
+        "layers": tuple(range(reader.net.config.n_layers)), "tokens": reader.net.memory.span, "rule": "causal",
+        "head_map": None,
+    }  # fmt: skip
+    return [
+        Arm(f"{who}: no memory", who),
+        Arm(f"{who}: memory", who, "memory"),
+        *(Arm(f"{who}: memory, {n}", who, "memory", codec=c, limit=controls) for n, c in CODECS.items()),
+        Arm(f"{who}: RAG 5", who, "text", limit=controls),
+        Arm(f"{who}: RAG 1", who, "text", refs=1, limit=controls),
+        Arm(f"{who}: full KV", who, "memory", memory=every, limit=controls),
+        Arm(f"{who}: random memories", who, "memory", choose="random", limit=controls),
+        Arm(f"{who}: gold removed", who, "memory", choose="gold removed", limit=controls),
+    ]
 
 
 def ablations(n_layers: int, n_kv_heads: int, reader: str = "original") -> dict[str, list[Arm]]:

@@ -1,58 +1,105 @@
-"""Weights for an evaluation: the checkpoint, its adapter, and adapters that were trained equally long as rivals."""
+"""Weights for an evaluation: the checkpoint, its adapter, and adapters that were trained as rivals."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..bank.codec import Codec
+from ..config import MemoryConfig
 from ..identity import hash_files
-from ..model.adapted import adapter_folder
-from ..model.load import MemoryModel, load_model
+from ..model.adapted import Adapted, adapter_folder
+from ..model.llama import Llama
+from ..model.load import Checkpoint, default_memory, fill, open_checkpoint
 from ..model.tokenizer import Tokenizer
 from ..train.lora import WEIGHTS
-from .run import Reader
+from .arms import Reader
 
 BOOKS = "codebooks.bin"
 
 
+class _Held:
+    """A checkpoint whose tensors are unpacked once, for all adapters that are added to them."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self._checkpoint, self._tensors = checkpoint, {}
+        self.config, self._hash = checkpoint.config, checkpoint.hash()
+
+    def tensor(self, name: str) -> Tensor:
+        if name not in self._tensors:
+            self._tensors[name] = self._checkpoint.tensor(name)
+        return self._tensors[name]
+
+    def blocks(self, name: str) -> None:
+        return None
+
+    def tokenizer(self) -> Tokenizer:
+        return self._checkpoint.tokenizer()
+
+    def hash(self) -> str:
+        return self._hash
+
+
 def load_readers(
-    source: str | Path, adapter: str | None, *, closed_book: Path | None = None, text_reader: Path | None = None
+    source: str | Path,
+    adapter: str | None,
+    *,
+    closed_book: Path | None = None,
+    text_reader: Path | None = None,
+    also: Mapping[str, Path] | None = None,
+    device: torch.device | str = "cpu",
 ) -> tuple[dict[str, Reader], Tokenizer]:
     """Readers by name: "original", and "adapted", "closed book", "reader of text" where adapters are given.
 
-    adapter: a folder, "shipped", or None ("none"). All of them have the adapter's memory configuration.
+    adapter: a folder, "shipped", or None ("none"); all of those have its memory configuration. also: further adapters
+    by name, each with its own.
     """
-    folders = {
+    opened, preset = open_checkpoint(source)
+    checkpoint = _Held(opened)
+    tokenizer = checkpoint.tokenizer()
+    memory = preset or default_memory(checkpoint.config, tokenizer)
+    named = {
         "adapted": None if adapter in (None, "none") else adapter_folder(adapter, source),
         "closed book": closed_book,
         "reader of text": text_reader,
     }
-    loaded: dict[str, MemoryModel] = {
-        name: load_model(source, torch.bfloat16, weights="dense", adapter=folder)
-        for name, folder in folders.items()
-        if folder is not None
-    }
-    memory = loaded["adapted"].memory if "adapted" in loaded else None
-    original = load_model(source, torch.bfloat16, memory, weights="dense")
-    readers = {"original": Reader(original.net, original.net)}
-    for name, model in loaded.items():
-        # A frozen adapter's own copy of the checkpoint is let go: the original writes for all of them.
-        writer = original.net if model.writer is not None else model.net
-        readers[name] = Reader(model.net.with_memory(original.memory), writer)
-    return readers, original.tokenizer
+    if named["adapted"] is not None:
+        memory = Adapted(checkpoint, named["adapted"]).memory(memory)
+    base = _dense(checkpoint, memory, device)
+    readers = {"original": Reader(base, base)}
+    for name, folder in {**named, **(also or {})}.items():
+        if folder is None:
+            continue
+        adapted = Adapted(checkpoint, folder)
+        own = memory if name in named else adapted.memory(memory)
+        net = _dense(adapted, own, device)
+        reads = {"closed book": "none", "reader of text": "text"}.get(name)
+        readers[name] = Reader(net, net if adapted.writes else base, reads or adapted.about.get("read", "memory"))
+    return readers, tokenizer
 
 
-def about(source: str | Path, readers: dict[str, Reader], **adapters: Any) -> dict[str, Any]:
-    """What answers depend on: checkpoint, memory configuration, and of each reader its adapter's hash."""
+def _dense(checkpoint: Checkpoint, memory: MemoryConfig, device: torch.device | str) -> Llama:
+    with torch.device("meta"):
+        net = Llama(checkpoint.config, memory)
+    fill(net, checkpoint, torch.bfloat16, device)
+    return net.eval()
+
+
+def about(source: str | Path, readers: Mapping[str, Reader], **adapters: Any) -> dict[str, Any]:
+    """What answers depend on: checkpoint, memory configuration, and of each reader its adapter's hash.
+
+    adapters by the readers' names, "_" for a space; those named as `also` in a mapping of that name.
+    """
     hashes: dict[str, str | None] = {"original": None}
-    for name, adapter in adapters.items():
+    also = adapters.pop("also", None) or {}
+    for name, adapter in [*((n.replace("_", " "), a) for n, a in adapters.items()), *also.items()]:
         if adapter not in (None, "none"):
-            file = adapter_folder(adapter, source) / WEIGHTS
-            hashes[name.replace("_", " ")] = hash_files([file])[:32]
+            hashes[name] = hash_files([adapter_folder(adapter, source) / WEIGHTS])[:32]
     memory = readers["original"].net.memory
     return {"model": str(source), "readers": hashes, "memory": dataclasses.asdict(memory)}
 

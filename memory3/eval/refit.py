@@ -17,31 +17,70 @@ RIDGE = 0.1
 MOST = 3.0  # of a bias, natural log: one token may stand for at most e^3 = 20
 
 
-def mass_bias(queries: Tensor, keys: Tensor, kept: Tensor, scale: float, steps: int = 60) -> Tensor:
-    """Biases [K] that give the kept keys the attention mass of all: non-negative least squares, projected descent.
+def mass_bias(
+    queries: Tensor,
+    keys: Tensor,
+    kept: Tensor,
+    scale: float,
+    steps: int = 60,
+    there: Tensor | None = None,
+    asks: Tensor | None = None,
+    live: Tensor | None = None,
+) -> Tensor:
+    """Biases [..., K] that give the kept keys the attention mass of all: non-negative least squares, projected descent.
 
-    queries [Q, D], keys [N, D], kept [K, D], any float dtype; computed in fp32.
+    queries [..., Q, D], keys [..., N, D], kept [..., K, D], any float dtype; computed in fp32. there [..., N], asks
+    [..., Q] and live [..., K]: False where a row of keys, queries or kept is padding (whose bias means nothing).
     """
     queries, keys, kept = (x.float() for x in (queries, keys, kept))
-    every, some = scale * queries @ keys.T, scale * queries @ kept.T
-    top = every.amax(1, keepdim=True)  # rows may be scaled freely: relative errors of the mass count
-    target = (every - top).exp().sum(1)
-    a = (some - top).exp() / target[:, None]
-    w = torch.full((kept.shape[0],), len(keys) / len(kept))
-    gram, right = a.T @ a, a.sum(0)
-    step = 1 / torch.linalg.matrix_norm(gram, 2).clamp_min(1e-12)
+    every, some = scale * queries @ keys.mT, scale * queries @ kept.mT
+    number, few = keys.shape[-2], kept.shape[-2]
+    if there is not None:
+        every = every.masked_fill(~there[..., None, :], -torch.inf)
+        number = there.sum(-1)[..., None, None]
+    top = every.amax(-1, keepdim=True)  # rows may be scaled freely: relative errors of the mass count
+    a = (some - top).exp() / (every - top).exp().sum(-1, keepdim=True)
+    if asks is not None:
+        a = a.masked_fill(~asks[..., :, None], 0)
+    if live is not None:
+        a = a.masked_fill(~live[..., None, :], 0)
+        few = live.sum(-1)[..., None, None].clamp_min(1)
+    right = a.sum(-2)[..., None]
+    w = torch.ones_like(right) * number / few
+    gram = a.mT @ a
+    step = 1 / torch.linalg.eigvalsh(gram)[..., -1:, None].clamp_min(1e-12)
     for _ in range(steps):
         w = (w - step * (gram @ w - right)).clamp_min(0)
-    return w.clamp_min(1e-6).log().clamp(-MOST, MOST)
+    return w[..., 0].clamp_min(1e-6).log().clamp(-MOST, MOST)
 
 
 def refit_values(
-    queries: Tensor, keys: Tensor, values: Tensor, kept: Tensor, kept_values: Tensor, bias: Tensor, scale: float
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    kept: Tensor,
+    kept_values: Tensor,
+    bias: Tensor,
+    scale: float,
+    there: Tensor | None = None,
+    asks: Tensor | None = None,
+    live: Tensor | None = None,
 ) -> Tensor:
-    """Values [K, D] with which the kept keys give the output of all, in the mean over the queries; ridge RIDGE."""
+    """Values [..., K, D] with which the kept keys give the output of all, in the mean over the queries; ridge RIDGE.
+
+    there, asks, live: as for mass_bias.
+    """
     queries, keys, values, kept, old = (x.float() for x in (queries, keys, values, kept, kept_values))
-    wanted = torch.softmax(scale * queries @ keys.T, 1) @ values
-    a = torch.softmax(scale * queries @ kept.T + bias, 1)
-    gram = a.T @ a
-    ridge = RIDGE * gram.diagonal().mean() * torch.eye(len(kept))
-    return old + torch.linalg.solve(gram + ridge, a.T @ (wanted - a @ old))
+    every, some = scale * queries @ keys.mT, scale * queries @ kept.mT + bias[..., None, :]
+    if there is not None:
+        every = every.masked_fill(~there[..., None, :], -torch.inf)
+    if live is not None:
+        some = some.masked_fill(~live[..., None, :], -torch.inf)
+    wanted, a = torch.softmax(every, -1) @ values, torch.softmax(some, -1)
+    if asks is not None:
+        wanted, a = (x.masked_fill(~asks[..., :, None], 0) for x in (wanted, a))
+    gram = a.mT @ a
+    few = gram.shape[-1] if live is None else live.sum(-1).clamp_min(1)
+    ridge = RIDGE * gram.diagonal(dim1=-2, dim2=-1).sum(-1) / few
+    gram = gram + ridge[..., None, None] * torch.eye(gram.shape[-1], device=gram.device)
+    return old + torch.linalg.solve(gram, a.mT @ (wanted - a @ old))

@@ -2,7 +2,9 @@
 
     squad, sciq              benchmark questions; among 20,000 references: their passages, Wikipedia leads, BoolQ's
     wiki                     "What is X?", answered by the first sentence of a lead; the same references
-    factbook, foldoc, vera   country facts, definitions and acronyms; among the references of their own held-out titles
+    factbook, foldoc, vera   country facts, definitions (the first sentence) and acronyms; among the references of their
+                             own held-out titles
+    wiki-known, factbook-known   the same about titles of the training split, closed book only: what the weights know
 
 Only titles of the "test" split are asked about in what could be trained on (memory3.train.holdout).
 """
@@ -27,12 +29,18 @@ from ..embed import SupportsEncode
 from ..train.holdout import in_split
 from . import sources
 
-MAIN, HELD = "main", "held"
+MAIN, HELD, CLOSED = "main", "held", "closed"
 SETS = {"squad": MAIN, "sciq": MAIN, "wiki": MAIN, "factbook": HELD, "foldoc": HELD, "vera": HELD}
+KNOWN = ("wiki-known", "factbook-known")
+SETS |= dict.fromkeys(KNOWN, CLOSED)
 BENCHMARKS = ("squad", "sciq")
 FORM = "Question: {}\nAnswer:"
 EMBEDDED = 1024  # references of one file of vectors
 LONGEST = 64  # tokens of a prompt: one chunk, which is one retrieval
+# The first sentence of a dictionary's article, behind other names and remarks in brackets.
+_DEFINITION = re.compile(
+    r"^(?:[^.(]{0,40}\([^)]*\) *)*(?P<first>(?:An?|The|Any|One) .{15,200}?[a-z)\]\"'0-9]{2}\.)(?= [A-Z(\[]|$)"
+)
 
 
 class Question(NamedTuple):
@@ -86,7 +94,7 @@ class References:
 
 
 def references(which: str, encode: Encode, span: int) -> References:
-    """The "main" or the "held" references. Raises DataMissing naming the package that is not installed."""
+    """The "main", "held" or "closed" references. Raises DataMissing naming the package that is not installed."""
     return References(list(_unique(c for entry in _entries(which) for c in pack(entry, encode, span))))
 
 
@@ -105,6 +113,9 @@ def _entries(which: str) -> Iterator[Entry]:
             for passage in dict.fromkeys((a.title, a.passage) for a in asked):
                 yield Entry(*passage, name)
         yield from sources.boolq_passages()
+    elif which == CLOSED:
+        yield from in_split(data.wiki(), "train")
+        yield from in_split(data.factbook(), "train")
     else:
         yield from in_split(data.factbook(), "test")
         yield from in_split(sources.foldoc(), "test")
@@ -141,22 +152,28 @@ def _body(chunk: Chunk) -> str:
 
 def _made(name: str, among: References) -> Iterator[Question]:
     related: dict[str, list[int]] = {}
+    source = name.removesuffix("-known")
     for number, chunk in enumerate(among.chunks):
-        if chunk.source == name:
+        if chunk.source == source:
             related.setdefault(chunk.title, []).append(number)
-    held = {c.title for c in among.chunks if c.source == name}
+    held = {c.title for c in among.chunks if c.source == source}
     if name == "wiki":  # all leads are among the references, only some are held out
         held = {e.title for e in in_split(data.wiki(), "test")}
     for number, chunk in enumerate(among.chunks):
-        if chunk.source != name or chunk.title not in held:
+        if chunk.source != source or chunk.title not in held:
             continue
         if name == "vera":
             answer = re.sub(r"^.* stands for |\.$", "", chunk.text)
             prompt = FORM.format(f"What does {chunk.title} stand for?")
+        elif name == "foldoc":
+            defined = _DEFINITION.match(chunk.text.removeprefix(f"{chunk.title}: ")) if chunk.start == 0 else None
+            if defined is None:
+                continue
+            prompt, answer = FORM.format(f"What is {chunk.title}?"), defined["first"]
         else:
             made = (
                 fact_question(chunk.text, number)
-                if name == "factbook"
+                if source == "factbook"
                 else sentence_question(chunk.title, chunk.text, number)
             )
             if made is None:

@@ -91,13 +91,14 @@ def arrow_rows(folder: str) -> list[dict]:
 
 
 def foldoc() -> list[Entry]:
-    """FOLDOC's articles: title, and the text without its marks; cross-references alone are left out."""
+    """FOLDOC's articles, "title: text", without their marks; cross-references alone are left out."""
     out = []
     for head, body in _dictd("foldoc"):
         text = re.sub(r"\(\d{4}-\d{2}-\d{2}\)|<[a-z/, ]+>|[{}]", " ", body)
-        text = re.sub(r"\(https?:[^)]*\)|\s+", " ", text).strip()
+        text = re.sub(r"\(https?:[^)]*\)|\s+", " ", text)
+        text = re.sub(r" +([.,;:)])| +$|^ +", r"\1", re.sub(r"\s+", " ", text))
         if len(text.split()) >= 8 and not re.match(r"(?i)see ", text):
-            out.append(Entry(head, text, "foldoc"))
+            out.append(Entry(head, f"{head}: {text}", "foldoc"))
     return out
 
 

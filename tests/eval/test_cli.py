@@ -10,8 +10,8 @@ from typer.testing import CliRunner
 
 from memory3 import embed
 from memory3.cli.app import app
-from memory3.eval import load, run, sources
-from memory3.eval.run import Reader
+from memory3.eval import load, prepared, sources
+from memory3.eval.arms import Reader
 
 from .test_run import MODEL, made_questions, made_references
 
@@ -25,8 +25,8 @@ def made(monkeypatch):
     monkeypatch.setattr(load, "books", lambda *a: [])
     monkeypatch.setattr(load, "about", lambda *a, **k: {"readers": {}})
     monkeypatch.setattr(embed, "Embedder", HashEmbedder)
-    monkeypatch.setattr(run, "references", made_references)
-    monkeypatch.setattr(run, "questions", made_questions)
+    monkeypatch.setattr(prepared, "references", made_references)
+    monkeypatch.setattr(prepared, "questions", made_questions)
 
 
 def call(tmp_path, *extra) -> dict:
@@ -66,6 +66,6 @@ def test_a_missing_package_is_named(tmp_path, monkeypatch):
     def missing(*args):
         raise sources.DataMissing("needs a thing; run: install it")
 
-    monkeypatch.setattr(run, "references", missing)
+    monkeypatch.setattr(prepared, "references", missing)
     with pytest.raises(FileNotFoundError, match="install it"):
         call(tmp_path, "--set", "squad", *ARMS)

@@ -45,3 +45,21 @@ def test_nothing_left_out_changes_nothing():
     assert mass_bias(queries, keys, keys, SCALE).abs().max() < 1e-3
     new = refit_values(queries, keys, values, keys, values, torch.zeros(40), SCALE)
     torch.testing.assert_close(new, values, atol=1e-4, rtol=1e-4)
+
+
+def test_padding_counts_for_nothing():
+    """Two problems of different sizes at once, against each by itself."""
+    queries, keys, values, kept = problem()
+    few = (queries[:60], keys[:25], values[:25], torch.tensor([1, 4, 7, 9, 20]))
+    wide = [torch.stack([x, torch.cat([y, 50 + torch.zeros(len(x) - len(y), 16)])]) for x, y in zip(
+        (queries, keys, values, keys[kept], values[kept]), (*few[:3], keys[few[3]], values[few[3]]), strict=True
+    )]  # fmt: skip
+    sizes = {"asks": (200, 60), "there": (40, 25), "live": (8, 5)}
+    masks = {k: torch.arange(a) < torch.tensor([[a], [b]]) for k, (a, b) in sizes.items()}
+    bias = mass_bias(wide[0], wide[1], wide[3], SCALE, **masks)
+    new = refit_values(*wide, bias, SCALE, **masks)
+    for i, (q, k, v, chosen) in enumerate(((queries, keys, values, kept), few)):
+        alone = mass_bias(q, k, k[chosen], SCALE)
+        torch.testing.assert_close(bias[i, : len(chosen)], alone, atol=1e-4, rtol=1e-4)
+        values_alone = refit_values(q, k, v, k[chosen], v[chosen], alone, SCALE)
+        torch.testing.assert_close(new[i, : len(chosen)], values_alone, atol=1e-3, rtol=1e-3)

@@ -11,9 +11,11 @@ import torch.nn.functional as F
 from engine.common import HashEmbedder, make_model, words
 
 from memory3.bank.corpus import Chunk
+from memory3.eval import prepared as preparing
 from memory3.eval import run as running
-from memory3.eval.arms import Arm, ablations, main_arms
-from memory3.eval.run import Evaluation, Plan, Reader
+from memory3.eval.arms import Arm, Reader, ablations, main_arms
+from memory3.eval.prepared import Plan, Prepared, prepare
+from memory3.eval.run import Evaluation
 from memory3.eval.sets import Question, References
 from memory3.memory import MemoryRead
 
@@ -35,14 +37,25 @@ def made_questions(name, among, count, encode, seed=0):
 
 @pytest.fixture(autouse=True)
 def made(monkeypatch):
-    monkeypatch.setattr(running, "references", made_references)
-    monkeypatch.setattr(running, "questions", made_questions)
+    monkeypatch.setattr(preparing, "references", made_references)
+    monkeypatch.setattr(preparing, "questions", made_questions)
+
+
+@pytest.fixture(autouse=True)
+def small_parts(monkeypatch):
+    """Several parts and several forward passes, though there are few questions."""
+    monkeypatch.setitem(running.PART, "cpu", 4)
+    monkeypatch.setitem(running.BATCH, "cpu", (3, 400))
+
+
+def prepared(folder, count=10, **more):
+    plan = Plan({"squad": count, "vera": count // 2, **more})
+    return prepare(plan, MODEL.tokenizer, MODEL.memory.span, HashEmbedder(), folder / "vectors")
 
 
 def evaluation(folder, count=10, nets=None, **about):
     nets = nets or {"original": Reader(MODEL.net, MODEL.net)}
-    plan = Plan({"squad": count, "vera": count // 2}, generate=2)
-    return Evaluation(nets, MODEL.tokenizer, HashEmbedder(), plan, folder, about=about)
+    return Evaluation(prepared(folder, count), nets, MODEL.tokenizer, folder, generate=2, about=about)
 
 
 NONE = Arm("none")
@@ -57,9 +70,10 @@ def test_losses_are_those_of_the_model(tmp_path):
     assert len(results) == 3 * 15
     net, bos = MODEL.net, list(MODEL.memory.context_bos_ids)
     for i in (0, 7):
-        question = found.asked["squad"][i]
-        prompt, answer = (MODEL.tokenizer.encode(t) for t in (question.prompt, " " + question.answer))
-        reads = found.reads(MEMORY, question, found.found["squad"][i])
+        question = found.prepared.asked["squad"][i]
+        prompt, answer = list(question.prompt), list(question.answer)
+        assert MODEL.tokenizer.decode(question.answer) == " " + TEXTS[i].split()[3]
+        reads = found.reads(MEMORY, question)
         assert len(reads) == 3
 
         def loss(front, read=None, prefix=None, prompt=prompt, answer=answer):
@@ -68,9 +82,9 @@ def test_losses_are_those_of_the_model(tmp_path):
             logits = net(ids, cu, read, prefix)[-len(answer) - 1 : -1]
             return float(F.cross_entropy(logits, torch.tensor(answer), reduction="sum"))
 
-        kv = MODEL.read(MODEL.write_ids([found.among["main"].tokens[n] for n in reads]))
+        kv = MODEL.read(MODEL.write_ids([found.prepared.among["main"][n] for n in reads]))
         kv = MemoryRead(kv.kv, kv.length, kv.slots, torch.tensor([0, len(bos + prompt + answer)], dtype=torch.int32))
-        front = [t for n in reversed(reads[:2]) for t in (*MODEL.memory.prefix_ids, *found.among["main"].tokens[n])]
+        front = [t for n in reversed(reads[:2]) for t in (*MODEL.memory.prefix_ids, *found.prepared.among["main"][n])]
         assert results["none", question.id]["loss"] == pytest.approx(loss([]), rel=1e-5)
         assert results["memory", question.id]["loss"] == pytest.approx(loss([], kv, MODEL.prefix), rel=1e-4)
         assert results["text", question.id]["loss"] == pytest.approx(loss(front), rel=1e-4)
@@ -78,15 +92,15 @@ def test_losses_are_those_of_the_model(tmp_path):
 
 def test_what_is_read(tmp_path):
     found = evaluation(tmp_path)
-    for i, question in enumerate(found.asked["squad"]):
-        best = found.found["squad"][i]
-        assert found.reads(MEMORY, question, best) == best[:3]
-        without = found.reads(replace(MEMORY, choose="gold removed"), question, best)
+    for question in found.prepared.asked["squad"]:
+        best = list(question.found)
+        assert found.reads(MEMORY, question) == best[:3]
+        without = found.reads(replace(MEMORY, choose="gold removed"), question)
         assert without == [n for n in best if n not in question.related][:3]
-        drawn = found.reads(replace(MEMORY, choose="random"), question, best)
+        drawn = found.reads(replace(MEMORY, choose="random"), question)
         assert len(set(drawn)) == 3 and not set(drawn) & set(question.related)
-        assert drawn == found.reads(replace(MEMORY, choose="random"), question, best)
-        noisy = found.reads(replace(MEMORY, refs=5, noise=0.4), question, best)
+        assert drawn == found.reads(replace(MEMORY, choose="random"), question)
+        noisy = found.reads(replace(MEMORY, refs=5, noise=0.4), question)
         assert sum(a != b for a, b in zip(noisy, best, strict=False)) == 2
     assert sum(r["gold"] for r in found.run([MEMORY]) if r["set"] == "squad") >= 8  # its first words find a text
 
@@ -94,11 +108,11 @@ def test_what_is_read(tmp_path):
 def test_a_reference_that_says_the_question_is_left_out(tmp_path, monkeypatch):
     """Equation 6: more than 2/3 of the reference stands in the prompt."""
     monkeypatch.setattr(
-        running, "questions",
+        preparing, "questions",
         lambda name, among, count, encode, seed=0: [Question(name, "q", f"so: {TEXTS[3]}?", "x", ("x",), (3,), (3,))],
     )  # fmt: skip
-    found = evaluation(tmp_path)
-    assert 3 not in found.found["squad"][0] and len(found.found["squad"][0]) >= 20
+    found = prepared(tmp_path).asked["squad"][0].found
+    assert 3 not in found and len(found) >= 20
 
 
 def test_a_stopped_evaluation_goes_on(tmp_path):
@@ -139,8 +153,8 @@ def test_answers_in_words(tmp_path):
     results = found.run([NONE])
     spoken = [r for r in results if "said" in r]
     assert {r["id"] for r in spoken} == {"squad0", "squad1", "vera0", "vera1"}
-    question = found.asked["squad"][1]
-    plain = MODEL.tokenizer.decode(MODEL.tokenizer.encode(MODEL.generate(question.prompt, max_new_tokens=24)))
+    prompt = MODEL.tokenizer.decode(found.prepared.asked["squad"][1].prompt)
+    plain = MODEL.tokenizer.decode(MODEL.tokenizer.encode(MODEL.generate(prompt, max_new_tokens=24)))
     said = next(r["said"] for r in spoken if r["id"] == "squad1")
     assert said == plain.lstrip("\n").partition("\n")[0].strip()
 
@@ -186,15 +200,19 @@ def test_an_adapter_reads_what_the_checkpoint_wrote(tmp_path):
     arms = [MEMORY, replace(MEMORY, name="adapted", reader="adapted")]
     found = evaluation(tmp_path, count=4, nets=both)
     rows = {(r["arm"], r["id"]): r["loss"] for r in found.run(arms)}
-    assert len(found._writers) == 2  # one per knowledge base, shared by both readers
+    one, other = (found._writer(arm, MODEL.memory, "main") for arm in arms)
+    assert one is other
     assert all(abs(rows["memory", i] - rows["adapted", i]) > 1e-3 for a, i in rows if a == "memory")
 
 
 def test_lists_of_arms():
-    arms = main_arms(30, 128, ("original", "adapted", "closed book", "reader of text"), 100)
+    whole = Reader(MODEL.net, MODEL.net)
+    rivals = {"closed book": replace(whole, reads="none"), "reader of text": replace(whole, reads="text")}
+    arms = main_arms({"original": whole, "adapted": whole, **rivals, "again": replace(whole, reads="none")}, 100)
     names = [a.name for a in arms]
-    assert len(names) == len(set(names)) == 20 and "trained reader: RAG 5" in names
-    assert next(a for a in arms if a.name == "adapted: full KV").memory["tokens"] == 128
+    assert len(names) == len(set(names)) == 22 and "trained reader: RAG 5" in names and "again: no memory" in names
+    full = next(a for a in arms if a.name == "adapted: full KV")
+    assert full.memory["tokens"] == MODEL.memory.span and len(full.memory["layers"]) == MODEL.config.n_layers
     tables = ablations(30, 3)
     for title, part in tables.items():
         assert len({a.name for a in part}) == len(part) > 2, title
@@ -214,3 +232,60 @@ def test_vectors_are_kept(tmp_path):
     assert len(embedder.asked) == count and np.array_equal(again.vectors, among.vectors)
     best = among.search(among.vectors[5:6], 4)[0]
     assert best[0] == 5 and list(best) == list(np.argsort(-(among.vectors @ among.vectors[5]), kind="stable")[:4])
+
+
+def test_a_prepared_file_is_asked_the_same(tmp_path):
+    """Written and read again, with a set that is asked closed book only."""
+    arms = [NONE, MEMORY, replace(MEMORY, name="random", choose="random"), TEXT]
+    made = prepared(tmp_path, **{"wiki-known": 3})
+    replace(made, texts={"book": [(1, 2, 3)]}).save(tmp_path / "asked.npz")
+    read = Prepared.load(tmp_path / "asked.npz")
+    assert read.asked == made.asked and read.texts == {"book": [(1, 2, 3)]} and set(read.among) == {"main", "held"}
+    assert [read.among["held"][n] for n in range(40)] == [made.among["held"][n] for n in range(40)]
+    nets = {"original": Reader(MODEL.net, MODEL.net)}
+    rows = [
+        Evaluation(p, nets, MODEL.tokenizer, tmp_path / name, generate=1).run(arms)
+        for name, p in (("made", made), ("read", read.fewer({"squad": 10, "vera": 5, "wiki-known": 3})))
+    ]
+    assert rows[0] == rows[1] and {r["set"] for r in rows[0] if r["arm"] == "memory"} == {"squad", "vera"}
+    assert sum(r["set"] == "wiki-known" for r in rows[0]) == 3
+    assert {k: len(v) for k, v in read.fewer({"squad": 2}).asked.items()} == {"squad": 2}
+    with pytest.raises(ValueError, match="tokenizer"):
+        Evaluation(replace(made, tokenizer="x"), nets, MODEL.tokenizer, tmp_path / "other")
+    np.savez(tmp_path / "else.npz", x=1)
+    with pytest.raises(ValueError, match="--prepare"):
+        Prepared.load(tmp_path / "else.npz")
+
+
+def test_big_batches_give_the_same(tmp_path, monkeypatch):
+    """One part and one forward pass for all; losses first, words in a second run."""
+    arms = [NONE, MEMORY, TEXT, replace(MEMORY, name="few", memory={"layers": MODEL.memory.layers[:1]})]
+    small = {(r["arm"], r["id"]): r for r in evaluation(tmp_path / "small").run(arms)}
+    monkeypatch.setitem(running.PART, "cpu", 1000)
+    monkeypatch.setitem(running.BATCH, "cpu", (1000, 10**6))
+    big = evaluation(tmp_path / "big")
+    assert not any("said" in r for r in big.run(arms, words=False))
+    assert not big._writers  # nothing is kept once no arm needs it
+    assert big.todo(arms) == 4 * 4 and big.todo(arms, words=False) == 0
+    rows = {(r["arm"], r["id"]): r for r in big.run(arms)}
+    assert rows.keys() == small.keys() and sum("said" in r for r in rows.values()) == 16
+    for key, row in small.items():
+        assert rows[key]["loss"] == pytest.approx(row["loss"], rel=1e-4)
+        assert rows[key].get("said") == row.get("said")
+    late = evaluation(tmp_path / "late")
+    late.until = 0
+    assert late.run(arms) == []
+
+
+def test_a_part_of_the_layers_is_taken_from_the_whole(tmp_path):
+    """Memories of some layers and heads are slices of all; written by themselves they are the same."""
+    found = evaluation(tmp_path)
+    memory = replace(MODEL.memory, layers=MODEL.memory.layers[1:], head_map=((-1, 0),) * (len(MODEL.memory.layers) - 1))
+    arm = replace(MEMORY, memory={"layers": memory.layers, "head_map": memory.head_map})
+    writer = found._writer(arm, memory, "main")
+    assert writer._plain is not None
+    alone = running.Writer(MODEL.net.with_memory(memory), found.prepared.among["main"])
+    a, b = writer([3, 1, 7]), alone([3, 1, 7])
+    for n in (1, 3, 7):
+        torch.testing.assert_close(a.kv[a.slot[n]], b.kv[b.slot[n]])
+        assert a.length[a.slot[n]] == b.length[b.slot[n]]

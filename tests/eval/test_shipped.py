@@ -11,7 +11,6 @@ from memory3 import data
 from memory3.bank.corpus import pack
 from memory3.demo.questions import fact_question, sentence_question
 from memory3.eval.answer import Answerer
-from memory3.eval.sets import References
 from memory3.eval.writing import Writer
 from memory3.model.adapted import SHIPPED, adapter_folder
 from memory3.model.load import load_model
@@ -46,7 +45,7 @@ def slice_losses(model, writer_net) -> dict[str, float]:
                 asked.append((len(chunks), made))
                 chunks.append(chunk)
                 count += 1
-    among = References(chunks)
+    among = [c.token_ids for c in chunks]
     write, answerer = Writer(writer_net, among), Answerer(model.net, model.tokenizer)
     opening, out = model.memory.context_bos_ids, {}
     for read in ("none", "memory"):
