@@ -2,15 +2,44 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import chain, islice
 from pathlib import Path
 
 from memory3 import Bank, data
 from memory3.model.load import MemoryModel
 
+MODEL = "smollm2-135m"
 APART = 32  # windows of the corpus from one prompt to the next
+
+
+def add_format_arguments(parser: argparse.ArgumentParser) -> None:
+    """--memory-tokens and --memory-layers, for `load`."""
+    parser.add_argument(
+        "--memory-tokens", type=int, metavar="K", help="memory tokens per head and reference (default: the model's)"
+    )
+    parser.add_argument(
+        "--memory-layers",
+        metavar="LAYERS",
+        help="layers with memories, as 15-29 or 3,7,10-12 (default: the model's)",
+    )
+
+
+def load(args: argparse.Namespace, weights: str, load_model=None) -> MemoryModel:
+    """SmolLM2-135M with the memory format of the arguments."""
+    from memory3 import load_model as default
+    from memory3.cli.common import layer_list
+    from memory3.config import PRESETS
+
+    memory = PRESETS[MODEL].memory
+    if args.memory_tokens is not None:
+        memory = replace(memory, tokens=args.memory_tokens)
+    if args.memory_layers is not None:
+        memory = replace(memory, layers=layer_list(args.memory_layers))
+    return (load_model or default)(MODEL, weights=weights, memory=memory)
 
 
 def default_folder(references: int, model: MemoryModel) -> Path:

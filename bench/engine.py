@@ -38,6 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="auto",
         help="as load_model takes it (default auto)",
     )
+    corpus.add_format_arguments(parser)
     parser.add_argument("--references", type=int, default=2000, help="references in the bank (default 2000)")
     parser.add_argument(
         "--bank", metavar="DIR", type=Path, help="keep the bank here (default: the user's cache folder)"
@@ -47,9 +48,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     import torch
 
-    from memory3 import Embedder, load_model
+    from memory3 import Embedder
 
-    model, embedder = load_model("smollm2-135m", weights=args.weights), Embedder()
+    model, embedder = corpus.load(args, args.weights), Embedder()
     folder = args.bank or corpus.default_folder(args.references, model)
     rows: list[dict[str, Any]] = []
     with corpus.open_bank(folder, model, embedder, args.references, _progress) as bank:
@@ -61,7 +62,7 @@ def main(args: argparse.Namespace) -> int:
                 rows += measure(model, bank, embedder, prompts, args.tokens, args.runs, args.arms, threads)
                 show(rows[-len(args.arms) :], batch, threads)
     settings = {
-        "model": "smollm2-135m", "weights": args.weights, "tokens_in": args.tokens, "tokens_out": args.tokens,
+        "model": corpus.MODEL, "weights": args.weights, "tokens_in": args.tokens, "tokens_out": args.tokens,
         "references": held, "reference_tokens": model.memory.span, "refs": model.memory.refs,
         "chunk": model.memory.chunk, "memory_layers": len(model.memory.layers), "memory_tokens": model.memory.tokens,
     }  # fmt: skip

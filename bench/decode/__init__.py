@@ -32,7 +32,7 @@ from .arms import ABOUT, PROTOCOLS, Setting
 from .record import Record
 from .show import show, show_break_evens, show_gates
 
-MODEL = summary.MODEL
+MODEL = corpus.MODEL
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -45,6 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokens", type=int, default=128, help="tokens in and tokens out (default 128)")
     parser.add_argument("--runs", type=int, default=9, help="rounds (default 9)")
     parser.add_argument("--arms", nargs="+", choices=ABOUT, default=list(ABOUT), help="default: all")
+    corpus.add_format_arguments(parser)
     parser.add_argument("--references", type=int, default=20_000, help="references in the bank (default 20000)")
     parser.add_argument("--bank", metavar="DIR", type=Path, help="of the references (default: in the cache folder)")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="start no round that would end later")
@@ -107,9 +108,7 @@ class Ground:
 
     def model(self, weights: str):
         if weights not in self._models:
-            from memory3 import load_model
-
-            self._models[weights] = (self._load or load_model)(MODEL, weights=weights)
+            self._models[weights] = corpus.load(self.args, weights, self._load)
         return self._models[weights]
 
     @property

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from memory3.config import PRESETS, MemoryConfig, ModelConfig
 from memory3.theory import Cost, break_even
 
 from ..ceilings import Ceilings
+from ..corpus import MODEL
 from ..timing import Summary, median_interval, quantile, ratios
 from .arms import LOADING, Setting
 from .predict import Machine, explain
 from .record import Record
-
-MODEL = "smollm2-135m"
 
 
 @dataclass(frozen=True)
@@ -43,8 +42,9 @@ GATES = (
 
 
 def rows(record: Record, config: ModelConfig | None = None, memory: MemoryConfig | None = None) -> list[dict[str, Any]]:
-    """One per setting and arm, from complete rounds. config, memory: of the model measured (default: the preset's)."""
-    config, memory = config or PRESETS[MODEL].model, memory or PRESETS[MODEL].memory
+    """One per setting and arm, from complete rounds. config, memory: of the model measured (default: the preset's, with
+    the memory format that the record tells)."""
+    config, memory = config or PRESETS[MODEL].model, memory or _format(record)
     found = []
     for setting in record.known():
         runs = record.of(setting)
@@ -54,6 +54,13 @@ def rows(record: Record, config: ModelConfig | None = None, memory: MemoryConfig
         for arm in runs:
             found.append(_row(record, setting, arm, runs, predicted, memory.chunk))
     return found
+
+
+def _format(record: Record) -> MemoryConfig:
+    """Costs ask how many layers have memories, not which."""
+    memory, about = PRESETS[MODEL].memory, record.about
+    layers = tuple(range(about.get("memory_layers", len(memory.layers))))
+    return replace(memory, tokens=about.get("memory_tokens", memory.tokens), layers=layers)
 
 
 def _row(record: Record, setting: Setting, arm: str, runs: dict, predicted: dict, chunk: int) -> dict[str, Any]:

@@ -21,11 +21,12 @@ PAGE = 16
 
 
 def _need(module: str, package: str):
-    """Raises RuntimeError where it is not installed."""
+    """Raises RuntimeError where it is not installed, or something that it needs."""
     try:
         return import_module(module)
     except ImportError as error:
-        raise RuntimeError(f"{module} is not installed: pip install {package}") from error
+        lacks = "" if error.name == module else f" ({error})"
+        raise RuntimeError(f"{module} is not installed: pip install {package}{lacks}") from error
 
 
 def beside_context(name, k_cache, v_cache, kv_len, block_table, mem_k, mem_v, mem_slot, mem_len) -> list[Tensor]:
