@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from ..train.lora import WEIGHTS
 from .arms import Reader
 
 BOOKS = "codebooks.bin"
+LOADERS = 4  # adapters put on at once
 
 
 class _Held:
@@ -71,16 +73,18 @@ def load_readers(
     if named["adapted"] is not None:
         memory = Adapted(checkpoint, named["adapted"]).memory(memory)
     base = _dense(checkpoint, memory, device)
-    readers = {"original": Reader(base, base)}
-    for name, folder in {**named, **(also or {})}.items():
-        if folder is None:
-            continue
+    kinds = {"closed book": "none", "reader of text": "text"}
+
+    def adapt(name: str, folder: Path) -> Reader:
         adapted = Adapted(checkpoint, folder)
-        own = memory if name in named else adapted.memory(memory)
-        net = _dense(adapted, own, device)
-        reads = {"closed book": "none", "reader of text": "text"}.get(name)
-        readers[name] = Reader(net, net if adapted.writes else base, reads or adapted.about.get("read", "memory"))
-    return readers, tokenizer
+        net = _dense(adapted, memory if name in named else adapted.memory(memory), device)
+        reads = kinds.get(name) or adapted.about.get("read", "memory")
+        return Reader(net, net if adapted.writes else base, reads)
+
+    wanted = {name: folder for name, folder in {**named, **(also or {})}.items() if folder is not None}
+    with ThreadPoolExecutor(LOADERS) as pool:
+        found = dict(zip(wanted, pool.map(adapt, wanted, wanted.values()), strict=True))
+    return {"original": Reader(base, base), **found}, tokenizer
 
 
 def _dense(checkpoint: Checkpoint, memory: MemoryConfig, device: torch.device | str) -> Llama:

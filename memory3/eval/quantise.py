@@ -6,6 +6,8 @@ nearest fine entries of the rest, part by part, as FAISS encodes; the books diff
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+
 import torch
 from torch import Tensor
 
@@ -14,6 +16,11 @@ from .answer import Loaded
 
 ROWS = 1 << 16  # vectors at once: 64 parts x 65,536 x 256 distances are 4 GB
 STEPS, OPQ_STEPS, OPQ_INNER = 25, 50, 4
+
+
+def needed(device: torch.device | str) -> bool:
+    """Whether FAISS cannot do it: on an accelerator, or where it is not installed."""
+    return torch.device(device).type != "cpu" or find_spec("faiss") is None
 
 
 def through(codec: Codec, kv: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ from ..train.batch import Piece, Sample
 from .answer import Answerer
 from .arms import Arm, Reader
 from .prepared import Asked, Prepared
-from .quantise import train
+from .quantise import needed, train
 from .scores import exact_match, f1
 from .sets import CLOSED, SETS
 from .writing import Writer
@@ -68,7 +68,6 @@ class Evaluation:
         self._codecs: dict[str, Codec] = {c.spec.text: c for c in codecs}
         self._writers: dict[tuple, Writer] = {}
         self._answerers: dict[tuple, Answerer] = {}
-        self.asking: Arm | None = None  # the arm under way, or the one that failed
         self.results: dict[tuple[str, str, str], Row] = {}
         folder.mkdir(parents=True, exist_ok=True)
         self._settle({**(about or {}), "seed": prepared.seed})
@@ -124,17 +123,23 @@ class Evaluation:
         """Answers that are missing."""
         return sum(len(self._missing(arm, part, words)) for part in self._parts() for arm in arms)
 
-    def run(self, arms: Sequence[Arm], tick: Tick = lambda done: None, words: bool = True) -> list[Row]:
+    def run(
+        self,
+        arms: Sequence[Arm],
+        tick: Tick = lambda done: None,
+        words: bool = True,
+        coming: Sequence[Arm] = (),
+    ) -> list[Row]:
         """Ask what is missing; all arms of a part before the next, so that a stopped evaluation is paired too.
 
-        words: answer in words, too, where that is due. Returns one dict per answer: arm, set, id, loss (nats), tokens,
-        gold (whether the answer's reference was read), and said, em, f1 where it was answered in words.
+        words: answer in words, too, where that is due. coming: arms of later calls, whose memories are kept.
+        Returns one dict per answer: arm, set, id, loss (nats), tokens, gold (whether the answer's reference was read),
+        and said, em, f1 where it was answered in words.
         """
         parts = list(self._parts())
         with (self.folder / "results.jsonl").open("a", encoding="utf-8") as file:
             for part in parts:
                 for i, arm in enumerate(arms):
-                    self.asking = arm
                     missing = self._missing(arm, part, words)
                     for batch in self._batches(arm, missing):
                         if self.until is not None and time.monotonic() > self.until:
@@ -142,13 +147,12 @@ class Evaluation:
                         self._ask(arm, batch, words, file)
                         tick(len(batch))
                     if len(parts) == 1:
-                        self._forget(arms[i + 1 :])
+                        self._forget([*arms[i + 1 :], *coming])
         return self._of(arms)
 
     def _of(self, arms: Iterable[Arm]) -> list[Row]:
-        names = {arm.name for arm in arms}
-        asked = {(q.set, q.id) for part in self.prepared.asked.values() for q in part}
-        return [row for (arm, name, id_), row in self.results.items() if arm in names and (name, id_) in asked]
+        keys = ((arm.name, q.set, q.id) for arm in arms for part in self.prepared.asked.values() for q in part)
+        return [self.results[key] for key in keys if key in self.results]
 
     def _parts(self) -> Iterator[list[Asked]]:
         """The sets in turns: whatever is done when an evaluation stops is about all of them."""
@@ -289,7 +293,7 @@ class Evaluation:
         rng = random.Random(f"{self.prepared.seed} codec")
         drawn = rng.sample(range(len(among)), min(count, len(among)))
         loaded = Writer(net, among, kept=0)(drawn)
-        if self.device == "cpu":
-            memories = [Memory(loaded.kv[s], n_valid=int(loaded.length[s])) for s in loaded.slot.values()]
-            return train_codec(spec, memories, max_vectors=most, seed=self.prepared.seed)
-        return train(spec, loaded, most, self.prepared.seed)
+        if needed(self.device):
+            return train(spec, loaded, most, self.prepared.seed)
+        memories = [Memory(loaded.kv[s], n_valid=int(loaded.length[s])) for s in loaded.slot.values()]
+        return train_codec(spec, memories, max_vectors=most, seed=self.prepared.seed)

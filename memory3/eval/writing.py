@@ -17,13 +17,13 @@ from ..model.cache import Prefix
 from ..model.llama import Llama, with_prefix_rows
 from ..write import encode_references
 from .answer import Loaded
-from .quantise import through
+from .quantise import needed, through
 from .refit import mass_bias, refit_values
 
 KEPT_BYTES = {"cpu": 1 << 30, "cuda": 16 << 30}
 PART_BYTES = {"cpu": 1 << 28, "cuda": 2 << 30}  # of memories that one forward pass makes
 ROWS = {"cpu": 1024, "cuda": 1 << 16}  # and its tokens
-REFITTED = 64  # references at once: scores of 3 T queries and T keys, fp32, for every one of them
+REFITTED = {"cpu": 64, "cuda": 256}  # references at once: scores of 3 T queries and T keys, fp32, for every one of them
 
 
 class Writer:
@@ -91,7 +91,7 @@ class Writer:
     def _parts(self, numbers: Sequence[int]) -> list[list[int]]:
         """Of ascending length, as many as fit into one forward pass."""
         rows, out = ROWS[self.device.type], []
-        most = REFITTED if self.refit else max(1, PART_BYTES[self.device.type] // self._size)
+        most = REFITTED[self.device.type] if self.refit else max(1, PART_BYTES[self.device.type] // self._size)
         for n in numbers:
             if not out or len(out[-1]) == most or (len(out[-1]) + 1) * len(self.among[n]) > rows:
                 out.append([])
@@ -125,7 +125,7 @@ class Writer:
             )
         if self.codec is None:
             return kv
-        if self.device.type != "cpu":
+        if needed(self.device):
             return through(self.codec, kv)
         layers, _, heads, tokens, dim = kv.shape[1:]
         return self.codec.decode(self.codec.encode(kv), Layout(layers, heads, tokens, dim, kv.dtype))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 from engine.common import HashEmbedder
@@ -10,6 +11,7 @@ from typer.testing import CliRunner
 
 from memory3 import embed
 from memory3.cli.app import app
+from memory3.cli.eval import _named_folders
 from memory3.eval import load, prepared, sources
 from memory3.eval.arms import Reader
 
@@ -51,6 +53,44 @@ def test_a_report(tmp_path):
     assert again["tables"] == report["tables"]
     pair = report["tables"][""]["adapted, random memories against none"]["rows"]
     assert [r["n"] for r in pair] == [6, 4]
+
+
+def test_prepared_elsewhere(tmp_path, monkeypatch):
+    """--prepare needs no weights, --prepared no texts and no embedder; the answers are those of one call."""
+
+    class Checkpoint:
+        config = MODEL.config
+
+        def tokenizer(self):
+            return MODEL.tokenizer
+
+    sets = ["--set", "squad", "--set", "vera"]
+    report = call(tmp_path, *sets, *ARMS)
+    monkeypatch.setattr("memory3.model.load.open_checkpoint", lambda source: (Checkpoint(), MODEL.memory))
+    (tmp_path / "book.txt").write_text("river stone winter market " * 200)
+    file, other = tmp_path / "asked.npz", tmp_path / "other"
+    other.mkdir()
+    made = ["eval", "--prepare", str(file), "--out", str(tmp_path / "out"), "--text", str(tmp_path / "book.txt")]
+    found = CliRunner().invoke(
+        app, [*made, *sets, "--questions", "8", "--others", "4", "--windows", "2"], catch_exceptions=False
+    )
+    assert found.exit_code == 0 and "4 of vera; references: 40 main, 40 held" in " ".join(found.output.split())
+    monkeypatch.setattr(prepared, "references", None)
+    monkeypatch.setattr(embed, "Embedder", None)
+    again = call(other, "--prepared", str(file), *ARMS)
+    assert again["tables"] == report["tables"]
+    assert [r["set"] for r in again["general text"]["rows"]] == ["book.txt"] * 2
+    late = call(
+        tmp_path / "other", "--prepared", str(file), *ARMS, "--out", str(tmp_path / "late"), "--minutes", "1e-9"
+    )
+    assert late["tables"][""]["rows"] == []
+
+
+def test_names_of_further_adapters():
+    assert _named_folders(["a=x/y", "b=z"]) == {"a": Path("x/y"), "b": Path("z")}
+    for wrong in (["a"], ["=x"], ["a="], ["adapted=x"], ["a=x", "a=y"]):
+        with pytest.raises(ValueError, match="NAME=FOLDER"):
+            _named_folders(wrong)
 
 
 def test_general_text(tmp_path):
