@@ -7,7 +7,9 @@ K tokens that receive most attention are kept, keys after RoPE. Layers after the
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import chain
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,6 +23,7 @@ from .model.llama import Llama, with_prefix_rows
 # Rows per encoding batch: the matrix products are at full speed from a few hundred rows on (CPU), and activations
 # stay small.
 BATCH_ROWS = 1024
+BATCH_ROWS_GPU = 1 << 15  # there a small pass costs as much as a large one
 
 
 def encode_references(
@@ -43,13 +46,15 @@ def encode_references(
         kv = torch.empty((0, *shape), dtype=net.dtype, device=device)
         return kv, torch.empty((0, shape[0], *shape[2:4]), dtype=torch.int32, device=device)
     m, longest = prefix.k.shape[1], max(counts)
-    tokens = torch.tensor([t for r in references for t in r], dtype=torch.int64, device=device)
-    positions = torch.tensor([m + i for n in counts for i in range(n)], dtype=torch.int64, device=device)
-    ends = torch.tensor([0, *counts], dtype=torch.int32, device=device).cumsum(0, dtype=torch.int32)
+    flat = np.fromiter(chain.from_iterable(references), np.int64, sum(counts))
+    ends_of = np.concatenate(([0], np.cumsum(counts)))
+    inside = np.arange(len(flat)) - np.repeat(ends_of[:-1], counts)
+    tokens, positions = (torch.from_numpy(x).to(device) for x in (flat, m + inside))
+    ends = torch.from_numpy(ends_of.astype(np.int32)).to(device)
     ends_k = ends + m * torch.arange(len(counts) + 1, dtype=torch.int32, device=device)
     take = with_prefix_rows(counts, m, device)
     length = torch.tensor([m + n for n in counts], dtype=torch.int32, device=device)
-    pad = _Padding(counts, m, longest, device)
+    pad = _Padding(counts, inside, m, longest, device)
 
     x = net.embed[tokens]
     rotary = net.rope.at(positions, x.dtype)
@@ -113,7 +118,7 @@ def write_memories(
     order = sorted(range(len(cut)), key=lambda i: len(cut[i]))
     out: list[Memory | None] = [None] * len(cut)
     done = 0
-    for batch in _batches(order, cut, batch_rows):
+    for batch in by_length(order, cut, batch_rows):
         kv, pos = encode_references(net, memory, prefix, [cut[i] for i in batch])
         kv, pos = kv.cpu(), pos.cpu()
         for row, i in enumerate(batch):
@@ -130,23 +135,30 @@ def write_memories(
     return out
 
 
-def _batches(order: Sequence[int], references: Sequence[Sequence[int]], batch_rows: int) -> list[list[int]]:
+def by_length(order: Sequence[int], references: Sequence[Sequence[int]], rows: int) -> list[list[int]]:
+    """`order`, which is by ascending length, cut into batches of at most `rows` padded rows."""
     batches: list[list[int]] = []
-    for i in order:  # ascending length: the newest one sets the padded length
-        if not batches or (len(batches[-1]) + 1) * len(references[i]) > batch_rows:
+    for i in order:  # the newest one sets the padded length
+        if not batches or (len(batches[-1]) + 1) * len(references[i]) > rows:
             batches.append([])
         batches[-1].append(i)
     return batches
 
 
+def rows_at_once(device: torch.device) -> int:
+    """Rows of a batch of references that are written together on a device."""
+    return BATCH_ROWS if device.type == "cpu" else BATCH_ROWS_GPU
+
+
 class _Padding:
     """Packed rows [T, H, D] -> [N, m + longest, H, D]: the prefix's rows first, zeros behind each sequence."""
 
-    def __init__(self, counts: Sequence[int], m: int, longest: int, device: torch.device) -> None:
+    def __init__(self, counts: Sequence[int], inside: np.ndarray, m: int, longest: int, device: torch.device) -> None:
+        """inside: place of each packed row in its own sequence."""
         self.shape = (len(counts), m + longest)
         self.m = m
-        rows = [torch.arange(b * (m + longest) + m, b * (m + longest) + m + n) for b, n in enumerate(counts)]
-        self.rows = torch.cat(rows).to(device)
+        starts = m + (m + longest) * np.arange(len(counts))
+        self.rows = torch.from_numpy(np.repeat(starts, counts) + inside).to(device)
 
     def __call__(self, packed: Tensor, prefix: Tensor | None) -> Tensor:
         flat = packed.new_zeros((self.shape[0] * self.shape[1], *packed.shape[1:]))

@@ -20,6 +20,7 @@ memory3 train --config tiny --out runs/tiny\n
 memory3 train --config tiny --stage continual --from runs/tiny --out runs/tiny-memory\n
 memory3 train --config smollm2-135m --stage sft --out runs/smol --set steps=500\n
 torchrun --nproc-per-node 2 -m memory3 train --config tiny --out runs/two\n
+memory3 train --config smollm2-135m --stage sft --reference wiki --prepare smol.npz   (then, elsewhere: --prepared)\n
 memory3 train --config paper-2.4b --show   (what it computes and what a GPU needs for it)\n
 Stopped or killed? Run the same command again: it goes on from the last checkpoint.
 """
@@ -52,6 +53,20 @@ def run(
         list[str] | None,
         typer.Option("--set", help="Change a field: lr=1e-4, write=live, memory.tokens=16, lora.rank=8"),
     ] = None,
+    prepare: Annotated[
+        Path | None,
+        typer.Option(help="Write the data of an sft run into this file and train nothing: for a machine without them."),
+    ] = None,
+    questions: Annotated[
+        int | None, typer.Option(min=1, help="With --prepare: at most so many questions to train on, drawn by seed.")
+    ] = None,
+    rounds: Annotated[
+        int, typer.Option(min=1, help="With --prepare: how often each reference is asked about, in other words.")
+    ] = 1,
+    prepared: Annotated[
+        Path | None, typer.Option(help="Train on such a file; no texts, embedder or bank are needed.")
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda (default: a GPU where there is one).")] = None,
     tensorboard: Annotated[bool, typer.Option(help="Also write TensorBoard events.")] = False,
     show: Annotated[bool, typer.Option("--show", help="Print memory and work per step; train nothing.")] = False,
     threads: ThreadsOption = 0,
@@ -59,26 +74,33 @@ def run(
 ) -> None:
     """Train a model to write and read memories: warmup, continual training, tuning on questions."""
     from ..train.accounting import account
+    from ..train.prepare import prepare_file
     from ..train.presets import run_config
     from ..train.run import train
 
     settings = with_changes(run_config(config, stage), change or [], start)
     if show:
         return out.print_json(settings.to_json()) if as_json else out.print(account(settings).text(), markup=False)
-    if folder is None:
+    if folder is None and prepare is None:
         raise ValueError("out: expected a folder for the run, got none; --out DIR")
     set_threads(threads)
     sources = text or ["wiki"]
-    found = train(
-        settings,
-        folder,
-        texts=() if stage == "sft" else entries(sources),
-        references=() if bank is not None or stage == "warmup" else drawn(reference or sources, limit, settings.seed),
-        bank=bank,
-        exclude=evaluation_texts(exclude or []),
-        tensorboard=tensorboard,
-        notify=lambda what: err.print(f"[dim]{what}[/dim]"),
-    )
+    data: dict[str, Any] = {
+        "texts": entries(text or []) if stage == "sft" else entries(sources),
+        "references": ()
+        if bank or prepared or stage == "warmup"
+        else drawn(reference or sources, limit, settings.seed),
+        "bank": bank,
+        "exclude": evaluation_texts(exclude or []),
+        "notify": lambda what: err.print(f"[dim]{what}[/dim]"),
+    }
+    if prepare is not None:
+        made = prepare_file(settings, prepare, questions=questions, rounds=rounds, **data)
+        counts = {split: len(items) for split, items in made.items.items()}
+        summary = {"file": str(prepare), "references": len(made.references), "questions": counts,
+                   "plain": len(made.plain)}  # fmt: skip
+        return print_json(summary) if as_json else out.print(summary, markup=False)
+    found = train(settings, folder, **data, prepared=prepared, device=device, tensorboard=tensorboard)
     if found is not None:
         print_json(found) if as_json else out.print(f"{found['result']}: {found['evaluation']}", markup=False)
 

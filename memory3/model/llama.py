@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -89,9 +90,10 @@ class Llama(nn.Module):
         rotated = self.rope.rotate(qkv[:, : hq + hkv], rotary).to(qkv.dtype)  # under autocast the tables are wider
         return rotated[:, :hq], rotated[:, hq:], qkv[:, hq + hkv :]
 
-    def _run(self, tokens: Tensor, positions: Sequence[int], attend: Attend) -> Tensor:
+    def _run(self, tokens: Tensor, positions: Sequence[int] | np.ndarray, attend: Attend) -> Tensor:
         x = self.embed[tokens]
-        rotary = self.rope.at(torch.tensor(positions, dtype=torch.int64, device=tokens.device), x.dtype)
+        positions = torch.from_numpy(np.asarray(positions, np.int64)).to(tokens.device)
+        rotary = self.rope.at(positions, x.dtype)
 
         def run(layer: int, x: Tensor) -> Tensor:
             block = self.blocks[layer]
@@ -154,15 +156,16 @@ class Llama(nn.Module):
     ) -> Tensor:
         """Hidden rows [T, dim] of packed sequences, no cache; differentiable in the weights, prefix and memories.
 
-        tokens int64 [T]; cu int32 [B + 1]. Positions start at 0, or after `prefix` and its span: m + span.
+        tokens int64 [T]; cu int32 [B + 1], on any device (on the CPU the call does not wait for the GPU). Positions
+        start at 0, or after `prefix` and its span: m + span.
         """
         self._check_read(read, None)
         counts = _counts(cu, tokens)
         offset = 0 if prefix is None else prefix.k.shape[1] + prefix.span
         self._check_positions(offset, counts)
-        positions = [offset + i for n in counts for i in range(n)]
+        positions = offset + _places(counts)
         m = 0 if prefix is None else prefix.k.shape[1]
-        cu = cu.to(torch.int32)
+        cu = cu.to(tokens.device, torch.int32)
         cu_k = cu + m * torch.arange(len(counts) + 1, dtype=torch.int32, device=cu.device)
         take = with_prefix_rows(counts, m, tokens.device) if m else None
         cu_chunk = cu if read is None else read.cu_chunk
@@ -366,8 +369,13 @@ def _flat_rows(starts: Sequence[int], ends: Sequence[int], stride: int, device: 
 
 def with_prefix_rows(counts: Sequence[int], m: int, device: torch.device) -> Tensor:
     """Rows of cat(prefix [m], packed [T]) that put the prefix in front of every packed sequence."""
-    prefix, parts, start = torch.arange(m), [], m
-    for count in counts:
-        parts += [prefix, torch.arange(start, start + count)]
-        start += count
-    return torch.cat(parts).to(device) if parts else torch.empty(0, dtype=torch.int64, device=device)
+    own = np.asarray(counts, np.int64)
+    place = _places(own + m)  # in its sequence; a packed row lies behind the prefix and all sequences before
+    shift = np.repeat(own.cumsum() - own, own + m)
+    return torch.from_numpy(np.where(place < m, place, place + shift)).to(device)
+
+
+def _places(counts: Sequence[int] | np.ndarray) -> np.ndarray:
+    """int64 [sum of counts], 0, 1, ... in each sequence."""
+    counts = np.asarray(counts, np.int64)
+    return np.arange(counts.sum()) - np.repeat(counts.cumsum() - counts, counts)

@@ -70,11 +70,13 @@ def load(path: Path, weights: Mapping[str, nn.Parameter], optimizer: torch.optim
         for name, weight in weights.items():
             weight.copy_(found[name])
     moments = load_file(path / "optimizer.safetensors")
+    fused = bool(optimizer.param_groups[0].get("fused"))  # then the count of steps lies beside the weights
     for name, weight in weights.items():
         if f"{name}.step" in moments:
             device = weight.device
             slot = {key: moments[f"{name}.{key}"].to(device, copy=True) for key in _MOMENTS}
-            optimizer.state[weight] = {"step": moments[f"{name}.step"].clone(), **slot}
+            count = moments[f"{name}.step"].to(device if fused else "cpu", copy=True)
+            optimizer.state[weight] = {"step": count, **slot}
     return read_state(path)
 
 

@@ -13,6 +13,8 @@ from .schedule import SCHEDULES
 STAGES = ("warmup", "continual", "sft")
 WRITES = ("frozen", "live")
 READS = ("memory", "text", "none")
+EVALUATIONS = (*READS, "quantised", "random", "plain")
+PLAIN_LOSSES = ("text", "base")
 LORA_TARGETS = ("qkv", "out", "gate_up", "down")
 # What may differ when a run is resumed: how long it is and what is reported, never what a step computes.
 FREE = ("steps", "save_minutes", "eval_every", "eval_items", "eval_reads", "log_every", "keep", "micro_batch")
@@ -45,7 +47,11 @@ class TrainConfig:
     write        "frozen" memories of a bank, or "live" with gradient; read: "memory", "text" or "none"
     length       tokens of a sequence (warmup, continual)
     batch        sequences of one step over all processes; micro_batch: sequences of one forward pass
-    drop_memory  share of sft questions that are asked without any reference; drop_gold: with others only
+    drop_memory  share of sft questions that are asked without any reference; drop_gold: with others only; drop_found:
+                 with references drawn at random
+    quantised    share of the memories' readers that read them through the codebooks in the file `codec`
+    plain        share of an sft batch's sequences that are plain text without memory; plain_loss: "text", every token
+                 is predicted, or "base", the distributions of the weights without the adapter are kept
     own_refs     references that an sft question brings itself; the rest are borrowed from those of the `borrow`
                  questions around it
     lr           highest learning rate; schedule, warmup_steps, decay, floor: as schedule.rate takes them
@@ -77,6 +83,11 @@ class TrainConfig:
     lora: LoRA | None = None
     drop_memory: float = 0.1
     drop_gold: float = 0.1
+    drop_found: float = 0.0
+    quantised: float = 0.0
+    codec: str | None = None
+    plain: float = 0.0
+    plain_loss: str = "text"
     own_refs: int = 5
     borrow: int = 16
     seed: int = 0
@@ -92,15 +103,16 @@ class TrainConfig:
         fields = {k: tuple(v) if isinstance(v, list) else v for k, v in self.memory.items()}  # as JSON gives them
         object.__setattr__(self, "memory", fields)
         object.__setattr__(self, "eval_reads", tuple(self.eval_reads))
-        unknown = sorted(set(self.eval_reads) - set(READS))
+        unknown = sorted(set(self.eval_reads) - set(EVALUATIONS))
         if unknown:
-            raise ValueError(f"eval_reads: expected some of {', '.join(READS)}, got {unknown}")
+            raise ValueError(f"eval_reads: expected some of {', '.join(EVALUATIONS)}, got {unknown}")
         choices = {
             "stage": STAGES,
             "write": WRITES,
             "read": READS,
             "schedule": SCHEDULES,
             "precision": ("bf16", "fp32"),
+            "plain_loss": PLAIN_LOSSES,
         }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
@@ -122,6 +134,13 @@ class TrainConfig:
         ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        for name in ("drop_memory", "drop_gold", "drop_found", "quantised", "plain"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name}: expected a share, 0 to 1, got {getattr(self, name)}")
+        if (self.quantised or "quantised" in self.eval_reads) and self.codec is None:
+            raise ValueError("codec: expected a file of codebooks for quantised memories, got none")
+        if self.plain_loss == "base" and self.plain and self.lora is None:
+            raise ValueError('plain_loss: "base" needs the base weights beside the trained ones; train with lora')
         if self.lr <= 0 or self.clip <= 0:
             raise ValueError(f"lr, clip: expected positive numbers, got {self.lr} and {self.clip}")
 

@@ -7,10 +7,13 @@ FOLDER/adapter_model.safetensors   A and B of every adapted linear map
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -39,11 +42,100 @@ def add_lora(net: Llama, lora: LoRA) -> Llama:
             setattr(block, name, _plain(ours.weight))  # peft knows torch's own linear layer
     config = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=list(lora.targets))
     inject_adapter_in_model(config, net, adapter_name=_ADAPTER)
+    net.folding = Folding(net, lora)
     for name, parameter in net.named_parameters():
         parameter.requires_grad_("lora_" in name)
         if "lora_" in name:
-            parameter.data = parameter.data.float()
+            parameter.data = parameter.data.to(net.embed.device, torch.float32)
     return net
+
+
+class Folding:
+    """Sums of base weights and updates, W + alpha / rank * B A, of all layers at once.
+
+    Beside every linear map peft adds half a dozen small operations, each launched by itself; folded, there is one
+    product per kind of map. That costs a weight gradient of the full matrices, so it pays on a GPU, where a step of
+    short sequences waits for launches.
+    """
+
+    def __init__(self, net: Llama, lora: LoRA) -> None:
+        self.scale = lora.alpha / lora.rank
+        self.adapted = {name: [getattr(block, name) for block in net.blocks] for name in lora.targets}
+        self.bare = {name: [layer.base_layer for layer in layers] for name, layers in self.adapted.items()}
+        self.folded = {name: [_Folded() for _ in layers] for name, layers in self.adapted.items()}
+        self._base: dict[str, Tensor] = {}
+
+    def fold(self) -> None:
+        """Give the folded maps their weights: in the dtype of the base, differentiable in A and B."""
+        for name, layers in self.adapted.items():
+            if name not in self._base:
+                self._base[name] = torch.stack([layer.base_layer.weight.detach() for layer in layers])
+            base = self._base[name]
+            a = torch.stack([layer.lora_A[_ADAPTER].weight for layer in layers]).to(base.dtype)
+            b = torch.stack([layer.lora_B[_ADAPTER].weight for layer in layers]).to(base.dtype)
+            summed = torch.baddbmm(base, b, a, alpha=self.scale)
+            for folded, weight in zip(self.folded[name], summed.unbind(0), strict=True):
+                folded.weight = weight
+
+    def forget(self) -> None:
+        """Let go of the weights, and of what their gradient needs."""
+        for folded in (f for layers in self.folded.values() for f in layers):
+            folded.weight = None
+
+
+class _Folded(nn.Module):
+    """A linear map with a weight that something else computed."""
+
+    weight: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight)
+
+
+@contextmanager
+def computing(net: Llama, fold: bool | None = None) -> Iterator[None]:
+    """A block in which an adapted net computes with folded weights (fold None: on a GPU, unless layers are recomputed).
+
+    Folded weights are in the dtype of the base, and nothing needs autocast then.
+    """
+    folding: Folding | None = getattr(net, "folding", None)
+    if fold is None:
+        fold = net.embed.device.type != "cpu" and not net.checkpointing
+    if folding is None or not fold:
+        yield
+        return
+    with torch.autocast(net.embed.device.type, enabled=False):
+        folding.fold()
+        try:
+            with _instead(net, folding.folded):
+                yield
+        finally:
+            folding.forget()
+
+
+@contextmanager
+def base_weights(net: Llama) -> Iterator[None]:
+    """A block in which an adapted net computes as it did before. Raises ValueError for a net without an adapter."""
+    if getattr(net, "folding", None) is None:
+        raise ValueError("held sequences need the base weights beside the trained ones: train an adapter (lora)")
+    with _instead(net, net.folding.bare):
+        yield
+
+
+@contextmanager
+def _instead(net: Llama, layers: dict[str, list[nn.Module]]) -> Iterator[None]:
+    before = {name: [getattr(block, name) for block in net.blocks] for name in layers}
+    try:
+        _put(net, layers)
+        yield
+    finally:
+        _put(net, before)
+
+
+def _put(net: Llama, layers: dict[str, list[nn.Module]]) -> None:
+    for name, modules in layers.items():
+        for block, module in zip(net.blocks, modules, strict=True):
+            setattr(block, name, module)
 
 
 def lora_state(net: Llama) -> dict[str, Tensor]:

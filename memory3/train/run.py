@@ -13,7 +13,8 @@ from .export import save_model
 from .lora import lora_state, save_adapter
 from .metrics import plot
 from .parallel import World
-from .prepare import Notify, Run, prepare
+from .prepare import Notify, Run, from_prepared, prepare
+from .prepared import Prepared
 from .progress import Progress
 from .trainer import Trainer
 
@@ -31,8 +32,12 @@ def train(
     progress: bool = True,
     notify: Notify | None = None,
     device: str | None = None,
+    prepared: Path | None = None,
 ) -> dict[str, Any] | None:
     """Run `config` in the folder `out`, from where it stands; arguments as `prepare` takes them.
+
+    prepared: a file of memory3.train.prepared, in place of texts, references, bank and embedder. device: None, "cpu" or
+    "cuda".
 
     Returns {"result": folder of the model or adapter, "evaluation": {...}, "step": ...}; None in all processes but
     the first. The result is also written when the run was stopped early.
@@ -40,10 +45,14 @@ def train(
     world = World.join(device)
     try:
         with world.in_turn():
-            run = prepare(
-                config, out, texts, references=references, bank=bank, exclude=exclude, embedder=embedder, world=world,
-                notify=notify if world.first else None,
-            )  # fmt: skip
+            said = notify if world.first else None
+            if prepared is not None:
+                run = from_prepared(config, Prepared.load(prepared), world=world, notify=said)
+            else:
+                run = prepare(
+                    config, out, texts, references=references, bank=bank, exclude=exclude, embedder=embedder,
+                    world=world, notify=said,
+                )  # fmt: skip
         bar = Progress(progress and world.first)
         trainer = Trainer(
             config, run.objective, run.source, out,
