@@ -2,6 +2,7 @@
 // merge_parts joins with the others.
 #pragma once
 
+#include "common/cuda/overlap.cuh"
 #include "memory_decode/decode_block.cuh"
 
 namespace m3::gpu {
@@ -127,6 +128,7 @@ template <class T, int D>
 M3_KERNEL void M3_THREADS(32 * kMergeWarps)
     merge_parts(M3MemoryDecodeParams p, DecodePlan plan, DecodeWorkspace work) {
   const int64_t vectors = p.rows * p.heads, at = block_index() * kMergeWarps + warp_index();
+  wait_for_previous();
   if (at >= vectors) return;
   float most = kMinusInfinity;
   for (int part = 0; part < plan.parts; ++part) most = fmaxf(most, work.lse[part * vectors + at]);

@@ -44,7 +44,7 @@ template <class T, int D>
 m3_status launch_merge(const M3MemoryDecodeParams& p, const DecodePlan& plan, const DecodeWorkspace& work,
                        void* stream) {
   if (plan.parts == 1) return M3_OK;
-  return launch(&merge_parts<T, D>, {ceil_div(p.rows * p.heads, kMergeWarps), 32 * kMergeWarps, 0}, stream, p, plan,
+  return launch_behind(&merge_parts<T, D>, {ceil_div(p.rows * p.heads, kMergeWarps), 32 * kMergeWarps, 0}, stream, p, plan,
                 work);
 }
 

@@ -11,14 +11,14 @@ constexpr int kDecodeRows = 16;   // query vectors of a block: the M of one mma
 constexpr int kDecodeWarps = 4;
 
 // A block has 64 to 128 tokens under way: 20 to 40 KB at D = 80. One on every SM of an H100 (132) is 2.7 MB, what its
-// memory delivers (3.35 TB/s) in the 0.7 us that an access takes; two are as many on a device of twice the bandwidth.
-// Fewer than one per SM are split until there are two.
+// memory delivers (3.35 TB/s) in the 0.7 us that an access takes. Fewer are split until there are about as many: on an
+// H200 twice as many are slower at every shape, their merge takes longer than they save.
 constexpr int64_t kEnoughBlocks = 132;
-constexpr int64_t kWantedBlocks = 264;
-// Every warp has two tiles, or it has nothing to copy while it computes.
-constexpr int64_t kLeastSplit = 2 * kDecodeWarps * kDecodeTile;
-// Where there are enough blocks, splits only even out the load, and must pay for one more launch, 2 us: 132 blocks with
-// 1,024 tokens each take 13 us at D = 80.
+// Every warp has four tiles: with half of that a single sequence takes a third longer.
+constexpr int64_t kLeastSplit = 4 * kDecodeWarps * kDecodeTile;
+// Where there are enough blocks, splits even out the load, and must pay for one more launch and the merge. Six blocks
+// per SM are two rounds of the three that an SM holds, so that little is left over for a last one.
+constexpr int64_t kEvenBlocks = 792;
 constexpr int64_t kLongSplit = 1024;
 // A part's result is written and read again in fp32: 8 D bytes per query vector, against 4 D bytes per token read. 32
 // tokens per vector keep that below a sixteenth.
@@ -43,11 +43,12 @@ inline DecodePlan decode_plan(int64_t sequences, int64_t kv_heads, int64_t group
   const int64_t blocks = sequences * kv_heads * row_tiles, tiles = ceil_div(max_kv, kDecodeTile);
   const int64_t in_block = vectors < kDecodeRows ? vectors : kDecodeRows;
   int64_t least = in_block * kTokensPerVector;
-  const int64_t floor = blocks < kEnoughBlocks ? kLeastSplit : kLongSplit;
+  const bool few = blocks < kEnoughBlocks;
+  const int64_t floor = few ? kLeastSplit : kLongSplit, goal = few ? kEnoughBlocks : kEvenBlocks;
   least = least < floor ? floor : least;
   int64_t splits = 1;
-  if (blocks > 0 && blocks < kWantedBlocks) {
-    const int64_t wanted = ceil_div(kWantedBlocks, blocks), most = max_kv / least;
+  if (blocks > 0 && blocks < goal) {
+    const int64_t wanted = ceil_div(goal, blocks), most = max_kv / least;
     splits = wanted < most ? wanted : most;
     splits = splits < 1 ? 1 : splits;
   }

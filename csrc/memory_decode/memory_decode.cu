@@ -14,6 +14,7 @@ namespace m3::gpu {
 template <class T, int D>
 M3_KERNEL void M3_THREADS(kDecodeThreads, kDecodeResident)
     memory_decode_kernel(M3MemoryDecodeParams p, DecodePlan plan, DecodeWorkspace work) {
+  let_next_start();
   const DecodeBlock block(p, plan);
   if (block.vectors <= 0) return;
   // Tiles of this part: memory's first, then the context's.
