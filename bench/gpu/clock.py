@@ -13,7 +13,9 @@ import torch
 
 from ..timing import Summary
 
-HOT_CALLS = 20  # in one graph, divided by
+HOT_CALLS = 20  # in one graph, divided by; fewer where that would take longer than HOT_US
+HOT_US = 2000
+FEW, LONGEST_US = 5, 1_000_000  # rounds of a call that would take longer than that for all of them
 SETTLE = 3  # calls before a capture: compilers, autotuning, allocations
 
 
@@ -41,15 +43,17 @@ class Clock:
             call()
         self.cuda.synchronize()
         one = self.capture(call, 1)
-        many = self.capture(call, HOT_CALLS) if one is not None else None
-        if one is None:
+        cold = self.replays(one or call, min(rounds, FEW), cold=True)
+        if rounds > FEW and rounds * Summary.of(cold).median < LONGEST_US:
+            cold = self.replays(one or call, rounds, cold=True)
+        count = max(1, min(HOT_CALLS, int(HOT_US / Summary.of(cold).median)))
+        many = self.capture(call, count) if one is not None else None
 
-            def many():
-                for _ in range(HOT_CALLS):
-                    call()
+        def in_turn() -> None:
+            for _ in range(count):
+                call()
 
-        cold = self.replays(one or call, rounds, cold=True)
-        hot = [t / HOT_CALLS for t in self.replays(many, rounds, cold=False)]
+        hot = [t / count for t in self.replays(many or in_turn, len(cold), cold=False)]
         return Times(Summary.of(cold), Summary.of(hot), one is not None)
 
     def capture(self, call: Callable[[], object], count: int) -> Callable[[], None] | None:

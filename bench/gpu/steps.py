@@ -38,7 +38,7 @@ def _workers() -> list[str]:
     """Triton's compiler is what the tests wait for: several processes where pytest-xdist is installed."""
     if importlib.util.find_spec("xdist") is None:
         return []
-    return ["-n", str(max(1, min(12, (os.cpu_count() or 1) - 2)))]
+    return ["-n", str(max(1, min(12, len(os.sched_getaffinity(0)) - 2)))]
 
 
 def _run(command: list[str], timeout: float, **variables: str) -> tuple[subprocess.CompletedProcess | None, float]:
