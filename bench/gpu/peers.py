@@ -18,6 +18,7 @@ from ..peers.codec import faiss_sa_decode
 from ..peers.select import matmul_softmax_topk
 
 PAGE = 16
+FLASHINFER_DIMS = (64, 128, 256)
 
 
 def _need(module: str, package: str):
@@ -80,13 +81,15 @@ def _flashinfer(
     name, tensor_cores, q, k_cache, v_cache, kv_len, block_table, cu_q, mem_k, mem_v, mem_slot, mem_len, mem_bias=None,
     head_map=None, *, scale, max_q, max_kv,
 ) -> Peer:  # fmt: skip
-    """Raises ValueError for more than one new token per sequence."""
+    """Raises ValueError for more than one new token per sequence, and other head dimensions than FlashInfer's."""
     plain_records(name, mem_bias, head_map)
     flashinfer = _need("flashinfer", "flashinfer-python")
     keys, values = beside_context(name, k_cache, v_cache, kv_len, block_table, mem_k, mem_v, mem_slot, mem_len)
     batch, tokens, heads, dim = keys.shape
     if max_q != 1:
         raise ValueError(f"{name}: expected one new token per sequence, got {max_q}")
+    if dim not in FLASHINFER_DIMS:
+        raise ValueError(f"{name}: expected a head dimension in {FLASHINFER_DIMS}, got {dim}")
     count = -(-tokens // PAGE)
     sides = [torch.nn.functional.pad(x, (0, 0, 0, 0, 0, count * PAGE - tokens)) for x in (keys, values)]
     pages = tuple(x.reshape(batch * count, PAGE, heads, dim) for x in sides)

@@ -125,7 +125,9 @@ def test_flash_attn_and_flashinfer_get_their_arguments(monkeypatch):
     monkeypatch.setitem(sys.modules, "flash_attn", types.SimpleNamespace(flash_attn_with_kvcache=kvcache))
     monkeypatch.setitem(sys.modules, "flashinfer", types.SimpleNamespace(BatchDecodeWithPagedKVCacheWrapper=Wrapper))
     for make in (peers.flash_attn_kvcache, peers.flashinfer_paged, peers.flashinfer_tensor_cores):
-        assert measure.peer_gate(OPS["memory_decode"], make, TINY, torch.float32, "cpu") is None
+        assert measure.peer_gate(OPS["memory_decode"], make, replace(TINY, dim=64), torch.float32, "cpu") is None
+    said = measure.peer_gate(OPS["memory_decode"], peers.flashinfer_paged, TINY, torch.float32, "cpu")
+    assert "expected a head dimension" in said
 
 
 class FakeCuda:
