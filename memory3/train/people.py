@@ -1,12 +1,14 @@
-"""A controlled study, from scratch in minutes: invented people with attributes, told in one wording, asked in another.
+"""A controlled study, from scratch: invented people, told in one wording, stated in another.
 
-    python -m memory3.train.people --out runs/people [--steps 1500]
+    python -m memory3.train.people --out runs/people [--device cuda] [--arm "memory from scratch"] [--seed 1]
 
-Four runs of one small model see the same number of steps: closed book, memory from the first step, memory after a third
-of the steps without it (Memory3, arXiv 2407.01178, figure 11: only such a warmup is said to make memory help), and the
-references as text. The people they are evaluated on are in no training text: what is known about them stands in their
-references alone. A second evaluation asks closed book about people of the training text, whose facts fit into the
-weights: does knowledge leave the weights when it can be read?
+Runs of one small model see the same number of steps of the same statements: closed book, references as text, memory
+from the first step, and memory after a third of the steps without it, which were closed book or with references as text
+(Memory3, arXiv 2407.01178, figure 11: only a warmup on text is said to make memory help); and memory from the first
+step that keeps all tokens of a reference. Most people of the training text are strangers met once, whose facts can only
+be read. The people the runs are evaluated on are in no training text. A second evaluation asks closed book about known
+people: those who could be read about at every meeting, and those who never could. Does knowledge leave the weights when
+it can be read?
 """
 
 from __future__ import annotations
@@ -14,172 +16,220 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import random
 from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 
 from ..config import MemoryConfig, ModelConfig
 from ..model.llama import Llama
-from .batch import Piece, Sample
+from .aligned import AlignedObjective
 from .config import TrainConfig
+from .invented import BOS, NAME, VALUE, Invented, Statements, questions, tokens
 from .metrics import read_metrics
 from .objective import Objective
-from .prepare import mean_loss
+from .packed import Packed
+from .parallel import World
 from .progress import Progress
-from .trainer import Trainer
+from .trainer import Trainer, micro_batches
 
-PREFIX, BOS, END = 1, 2, 3
-FIELDS, VALUES, SYLLABLES = 4, 40, 60
-ASKED = 8  # words that ask for a field; the four after them tell it in a reference
-FIRST_VALUE = 16
-FIRST_NAME = FIRST_VALUE + FIELDS * VALUES
-FILLERS = FIRST_NAME + 2 * SYLLABLES
-VOCABULARY = FILLERS + 20
-TRAIN, HELD = 400, 100
-REFS, TOLD = 5, 6  # references per sequence; statements in it
-
-SHAPE = ModelConfig(
-    vocab_size=VOCABULARY, dim=128, n_layers=6, n_heads=4, n_kv_heads=2, head_dim=32, ffn_dim=256, max_context=512
-)
-MEMORY = MemoryConfig(layers=(0, 1, 2), tokens=8, span=32, refs=REFS, prefix_ids=(PREFIX,), context_bos_ids=(BOS,))
-ARMS = {  # what is read, and after which share of the steps
-    "closed book": ("none", 0.0),
-    "memory from scratch": ("memory", 0.0),
-    "memory after 1/3": ("memory", 1 / 3),
-    "text": ("text", 0.0),
+ARMS = {  # what is read in the first third of the steps, and after it
+    "closed book": ("none", "none"),
+    "text": ("text", "text"),
+    "memory from scratch": ("memory", "memory"),
+    "memory after closed book": ("none", "memory"),
+    "memory after text": ("text", "memory"),
+    "memory of all tokens": ("memory", "memory"),
 }
+WARMUP = 1 / 3
 
 
-class People:
-    """Names of two tokens, one value for each of four fields, and a reference per person."""
+@dataclass(frozen=True)
+class Size:
+    """Of a study: people (invented.Invented), model, and how it is trained.
 
-    def __init__(self, seed: int = 0) -> None:
-        rng = random.Random(f"{seed} people")
-        pairs = [(a, b) for a in range(SYLLABLES) for b in range(SYLLABLES)]
-        chosen = rng.sample(pairs, TRAIN + HELD)
-        self.names = [(FIRST_NAME + a, FIRST_NAME + SYLLABLES + b) for a, b in chosen]
-        self.values = [[FIRST_VALUE + f * VALUES + rng.randrange(VALUES) for f in range(FIELDS)] for _ in chosen]
-        self.references = [self._reference(i, rng) for i in range(len(chosen))]
+    asked    people of a group in an evaluation, of which there are `evals`
+    tokens   of a reference that a head keeps; there are 2 + 4 * (2 + fillers)
+    """
 
-    def _reference(self, person: int, rng: random.Random) -> list[int]:
-        """Name, then the fields in any order with fillers between: 19 to 26 tokens."""
-        out = list(self.names[person])
-        for f in rng.sample(range(FIELDS), FIELDS):
-            out += [FILLERS + rng.randrange(20) for _ in range(rng.randint(1, 2))]
-            out += [ASKED + FIELDS + f, self.values[person][f], END]
-        return out
+    syllables: int
+    group: int
+    layers: int
+    dim: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    memory_layers: int
+    batch: int
+    steps: int
+    lr: float
+    asked: int
+    refs: int = 5
+    fillers: int = 1
+    tokens: int = 8
+    evals: int = 30
 
-    def tokens(self, record: bytes) -> list[int]:
-        """Of a reference, by the person's number as bytes."""
-        return self.references[int.from_bytes(record, "big")]
+    def but(self, changes: Sequence[str]) -> Size:
+        """With other values, given as NAME=VALUE. Raises ValueError for an unknown name."""
+        known = {f.name: float if f.name == "lr" else int for f in fields(self)}
+        pairs = [change.split("=", 1) for change in changes]
+        for pair in pairs:
+            if len(pair) < 2 or pair[0] not in known:
+                raise ValueError(f"--set: expected NAME=VALUE with one of {', '.join(known)}, got {'='.join(pair)!r}")
+        return replace(self, **{name: known[name](value) for name, value in pairs})
 
-    def question(self, person: int, f: int) -> list[int]:
-        return [ASKED + f, *self.names[person]]
+    @property
+    def people(self) -> Invented:
+        return Invented(self.syllables, self.group, self.refs, self.fillers)
 
-    def sample(self, ids: Sequence[int], first: int, read: str, people: Sequence[int]) -> Sample:
-        """A sequence that reads these people's references as memories, as text in front, or not at all."""
-        records = tuple(p.to_bytes(2, "big") for p in people)
-        front = [t for r in records for t in (PREFIX, *self.tokens(r))] if read == "text" else []
-        ids = (*front, BOS, *ids)
-        pieces = (Piece(len(ids), records),) if read == "memory" else ()
-        return Sample(ids, first + 1 + len(front), pieces)
-
-
-class Statements:
-    """Training sequences: six statements about two people, read from step `begin` on."""
-
-    def __init__(self, people: People, read: str, begin: int, batch: int, seed: int) -> None:
-        self.people, self.read, self.begin, self.batch, self.seed = people, read, begin, batch, seed
-
-    def samples(self, step: int) -> list[Sample]:
-        rng = random.Random(f"{self.seed} {step}")
-        read = self.read if step >= self.begin else "none"
-        return [self._one(read, rng) for _ in range(self.batch)]
-
-    def _one(self, read: str, rng: random.Random) -> Sample:
-        among = rng.sample(range(TRAIN), REFS)
-        asked = [(p, f) for p in among[:2] for f in range(FIELDS)]
-        ids: list[int] = []
-        for p, f in rng.sample(asked, TOLD):
-            ids += [*self.people.question(p, f), self.people.values[p][f], END]
-        rng.shuffle(among)
-        return self.people.sample(ids, 0, read, among)
-
-
-def questions(people: People, whom: range, read: str, seed: int = 0) -> list[Sample]:
-    """One question per person and field, the value predicted; the person's reference is one of those read."""
-    rng = random.Random(f"{seed} questions {whom}")
-    out = []
-    for p in whom:
-        for f in range(FIELDS):
-            among = [p, *rng.sample([q for q in whom if q != p], REFS - 1)]
-            rng.shuffle(among)
-            question = people.question(p, f)
-            out.append(people.sample([*question, people.values[p][f]], len(question), read, among))
-    return out
-
-
-def study(out: Path, steps: int, batch: int = 16, seed: int = 0, progress: bool = True) -> dict[str, list[dict]]:
-    """Run all arms in OUT (each goes on where it stopped); returns their evaluations by step, and draws them."""
-    people = People(seed)
-    held, known = range(TRAIN, TRAIN + HELD), range(100)
-    found = {}
-    for arm, (read, share) in ARMS.items():
-        begin = round(share * steps)
-        config = TrainConfig(
-            name=arm, shape=SHAPE, stage="sft", batch=batch, micro_batch=batch, steps=steps, lr=2e-3, warmup_steps=50,
-            weight_decay=0.01, precision="fp32", log_every=20, eval_every=max(1, steps // 15), seed=seed,
-            save_minutes=1.0,
+    @property
+    def shape(self) -> ModelConfig:
+        return ModelConfig(
+            vocab_size=self.people.vocabulary, dim=self.dim, n_layers=self.layers, n_heads=self.heads,
+            n_kv_heads=self.kv_heads, head_dim=self.head_dim, ffn_dim=2 * self.dim, max_context=512,
         )  # fmt: skip
-        net = Llama(SHAPE, MEMORY).init_weights(seed).requires_grad_(True)
-        objective = Objective(net, people.tokens)
-        asked = {"held": questions(people, held, read), "known, closed book": questions(people, known, "none")}
 
-        def evaluate(net: Llama, objective=objective, asked=asked) -> dict[str, float]:
-            return {name: mean_loss(objective, samples, 64) for name, samples in asked.items()}
+    @property
+    def memory(self) -> MemoryConfig:
+        return MemoryConfig(
+            layers=tuple(range(self.memory_layers)), tokens=self.tokens, span=32, refs=self.refs,
+            context_bos_ids=(BOS,),
+        )  # fmt: skip
 
-        source = Statements(people, read, begin, batch, seed)
-        folder = out / arm.replace(" ", "-").replace("/", "-")
-        run = Trainer(config, objective, source, folder, evaluate=evaluate, progress=Progress(progress))
-        run.run()
-        run.close()
-        if run.step < steps:
-            raise SystemExit(f"stopped in {arm!r} at step {run.step}; the same command goes on from there")
-        found[arm] = [{"step": m["step"], **m["eval"]} for m in read_metrics(folder) if "eval" in m]
-    (out / "people.json").write_text(json.dumps({"steps": steps, "batch": batch, "arms": found}, indent=1) + "\n")
-    draw(found, out / "people.png")
+
+SIZES = {
+    "cuda": Size(
+        syllables=256, group=1024, layers=4, dim=256, heads=8, kv_heads=4, head_dim=64, memory_layers=3, batch=64,
+        steps=4500, lr=1e-3, asked=512, refs=5,
+    ),
+    "cpu": Size(  # an hour on one core
+        syllables=32, group=64, layers=4, dim=64, heads=4, kv_heads=4, head_dim=16, memory_layers=3, batch=32,
+        steps=3000, lr=4e-3, asked=64, refs=2,
+    ),
+}  # fmt: skip
+
+
+def answers(objective: Objective, packs: Sequence[Packed]) -> tuple[float, float]:
+    """Nats per predicted token over all packs, and the share of them that are the most probable one."""
+    net = objective.net
+    sums = torch.zeros(2, device=net.embed.device)
+    for pack in packs:
+        logits = net.logits(objective.predicted(pack))
+        nats = F.cross_entropy(logits, pack.targets, reduction="sum")
+        sums += torch.stack((nats, (logits.argmax(-1) == pack.targets).sum()))
+    nats, right = (sums / sum(len(pack.targets) for pack in packs)).tolist()
+    return nats, right
+
+
+def run(arm: str, out: Path, size: Size, device: torch.device, seed: int = 0, progress: bool = True) -> bool:
+    """Train one arm in its folder of OUT, or go on where it stopped; whether it is at its end."""
+    first, read = ARMS[arm]
+    people = size.people
+    if arm == "memory of all tokens":
+        size = replace(size, tokens=people.length)
+    config = TrainConfig(
+        name=arm, shape=size.shape, stage="sft", read=read, batch=size.batch, micro_batch=size.batch, steps=size.steps,
+        lr=size.lr, warmup_steps=100, weight_decay=0.01, precision="bf16" if device.type == "cuda" else "fp32",
+        log_every=20, eval_every=max(1, size.steps // size.evals), seed=seed, save_minutes=10.0, keep=1,
+    )  # fmt: skip
+    net = Llama(size.shape, size.memory).init_weights(seed).to(device).requires_grad_(True)
+    objective = AlignedObjective(net, tokens, people.length, range(VALUE, NAME))
+    source = Statements(people, first, read, round(WARMUP * size.steps), size.batch, seed)
+    held, known, closed = (range(g * size.group, g * size.group + size.asked) for g in range(3))
+    alone = "nothing" if read == "memory" else "none"
+    sets = {
+        "held": questions(people, held, read),
+        "held, closed book": questions(people, held, alone),
+        "known": questions(people, known, read),
+        "known, closed book": questions(people, known, alone),
+        "never read, closed book": questions(people, closed, alone),
+    }
+    asked = {
+        name: [objective.pack(batch).to(device) for batch in micro_batches(samples, 512)]
+        for name, samples in sets.items()
+    }
+
+    def evaluate(net: Llama) -> dict[str, float]:
+        found = {}
+        for name, packs in asked.items():
+            found[name], found[f"{name}: right"] = answers(objective, packs)
+        return found
+
+    trainer = Trainer(
+        config, objective, source, folder(out, arm, seed), evaluate=evaluate, world=World(device=device),
+        progress=Progress(progress),
+    )  # fmt: skip
+    trainer.run()
+    trainer.close()
+    return trainer.step >= size.steps
+
+
+def folder(out: Path, arm: str, seed: int) -> Path:
+    return out / f"{arm.replace(' ', '-').replace('/', '-')}-{seed}"
+
+
+def collect(out: Path, seeds: Sequence[int] = range(8)) -> dict[str, dict[int, list[dict]]]:
+    """Evaluations of all runs in OUT, by arm and seed, written to people.json and drawn."""
+    found: dict[str, dict[int, list[dict]]] = {}
+    for arm in ARMS:
+        for seed in seeds:
+            rows = [m for m in read_metrics(folder(out, arm, seed)) if "eval" in m]
+            if rows:
+                lines = [{"step": m["step"], "seconds": m["seconds"], **m["eval"]} for m in rows]
+                found.setdefault(arm, {})[seed] = lines
+    (out / "people.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    if found:
+        draw(found, out / "people.png")
     return found
 
 
-def draw(found: dict[str, list[dict]], file: Path) -> None:
-    """Loss over steps: of held-out people as each arm reads, and of known people without reading."""
+def draw(found: dict[str, dict[int, list[dict]]], file: Path) -> None:
+    """Over steps: of held-out people as each arm reads, of known people without reading."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
-    for axes, key, title in zip(
-        figure.subplots(1, 2),
-        ("held", "known, closed book"),
-        ("people of no training text, read as trained", "people of the training text, closed book"),
-        strict=True,
-    ):
-        for arm, rows in found.items():
-            axes.plot([r["step"] for r in rows], [r[key] for r in rows], marker=".", label=arm)
-        axes.axhline(math.log(VALUES), color="0.6", linewidth=0.8, linestyle=":")
-        axes.set(xlabel="steps", ylabel="nats per answer", title=title)
-        axes.title.set_fontsize(9)
+    figure = Figure(figsize=(12, 3.6), layout="constrained")
+    panels = (
+        ("held", "people of no training text, read as trained"),
+        ("known, closed book", "known people that were read about, closed book"),
+        ("never read, closed book", "known people never read about, closed book"),
+    )
+    for axes, (key, title) in zip(figure.subplots(1, len(panels), sharey=True), panels, strict=True):
+        for number, (arm, runs) in enumerate(found.items()):
+            for i, rows in enumerate(runs.values()):
+                axes.plot([r["step"] for r in rows], [r[key] for r in rows], color=f"C{number}",
+                          linewidth=1.4 if i == 0 else 0.7, label=arm if i == 0 else None)  # fmt: skip
+        axes.axhline(math.log(40), color="0.6", linewidth=0.8, linestyle=":")
+        axes.set(xlabel="steps", ylim=(0, 7))
+        axes.set_title(title, fontsize=9)
         axes.grid(alpha=0.3)
+        axes.set_ylabel("nats per answer")
     axes.legend(fontsize=7)
     figure.savefig(file, dpi=110)
 
 
-if __name__ == "__main__":
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/people"))
-    parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--device", choices=tuple(SIZES), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--arm", choices=tuple(ARMS), action="append", help="only this one (may be repeated)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--set", nargs="*", default=(), metavar="NAME=VALUE", help="other sizes, such as steps=500")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--quiet", action="store_true")
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
-    for arm, rows in study(given.out, given.steps).items():
-        print(f"{arm:22s}", "  ".join(f"{k} {v:.3f}" for k, v in rows[-1].items() if k != "step"))
+    size = SIZES[given.device].but(given.set)
+    for arm in given.arm or ARMS:
+        if not run(arm, given.out, size, torch.device(given.device), given.seed, not given.quiet):
+            print(f"stopped in {arm!r}; the same command goes on from there")
+            break
+    for arm, runs in collect(given.out).items():
+        for seed, rows in runs.items():
+            numbers = "  ".join(f"{k} {v:.3f}" for k, v in rows[-1].items() if k not in ("step", "seconds"))
+            print(f"{arm} (seed {seed}, {rows[-1]['step']} steps): {numbers}")
+
+
+if __name__ == "__main__":
+    main()

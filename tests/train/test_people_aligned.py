@@ -1,0 +1,37 @@
+"""References of one length are written as memory3.write writes them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from memory3.config import MemoryConfig
+from memory3.model.llama import Llama
+from memory3.train.aligned import AlignedObjective
+from memory3.train.batch import make_batch
+from memory3.train.invented import Invented, Statements, tokens
+from memory3.train.objective import Objective
+from memory3.train.people import SIZES
+
+SMALL = SIZES["cpu"].but(["syllables=16", "group=32", "dim=16", "heads=2", "kv_heads=2", "head_dim=8"])
+PEOPLE = Invented(syllables=16, group=32)
+
+
+@pytest.mark.parametrize("rule", ["received", "causal"])
+def test_as_any_references(rule):
+    memory = MemoryConfig(layers=(0, 1), tokens=5, span=32, rule=rule)
+    net = Llama(SMALL.shape, memory).init_weights(0, std=0.2).requires_grad_(True)
+    batch = make_batch(Statements(PEOPLE, "memory", "memory", 0, 8, 0).samples(0))
+    found = []
+    for objective in (Objective(net, tokens), AlignedObjective(net, tokens, PEOPLE.length)):
+        net.zero_grad()
+        loss = objective(objective.pack(batch))
+        loss.backward()
+        found.append((loss.detach(), [p.grad.clone() for p in net.parameters()]))
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
+
+
+def test_prefixes_are_refused():
+    net = Llama(SMALL.shape, MemoryConfig(layers=(0,), prefix_ids=(1,)))
+    with pytest.raises(ValueError, match="prefix_ids: expected none"):
+        AlignedObjective(net, tokens, PEOPLE.length)
