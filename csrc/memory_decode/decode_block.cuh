@@ -29,14 +29,17 @@ struct DecodeBlock {
   int vectors;               // query vectors of this block, 16 at most
   int first_tile, end_tile;  // of the context
 
-  M3_DEVICE DecodeBlock(const M3MemoryDecodeParams& p, const DecodePlan& plan) {
+  // Blocks start in the order of their numbers, so those that take longest should come first: parts of the context or,
+  // with `memory_first`, of memory.
+  M3_DEVICE DecodeBlock(const M3MemoryDecodeParams& p, const DecodePlan& plan, bool memory_first = false) {
     auto at = static_cast<uint32_t>(block_index());
-    const auto parts = static_cast<uint32_t>(plan.parts), tiles_of_rows = static_cast<uint32_t>(plan.row_tiles),
-               heads = static_cast<uint32_t>(p.kv_heads);
-    part = static_cast<int>(at % parts), at /= parts;
+    const auto tiles_of_rows = static_cast<uint32_t>(plan.row_tiles), heads = static_cast<uint32_t>(p.kv_heads),
+               sequences = static_cast<uint32_t>(p.sequences);
     row_tile = static_cast<int>(at % tiles_of_rows), at /= tiles_of_rows;
-    head = static_cast<int>(at % heads);
-    sequence = at / heads;
+    head = static_cast<int>(at % heads), at /= heads;
+    sequence = at % sequences;
+    part = static_cast<int>(at / sequences);
+    if (memory_first) part = part == 0 ? plan.parts - 1 : part - 1;
     group = static_cast<int>(p.heads / p.kv_heads);
     const int end = clamp_index(p.cu_q[sequence + 1], 0, p.rows);
     first_row = clamp_index(p.cu_q[sequence], 0, end);

@@ -101,7 +101,7 @@ struct CodedReader {
  private:
   typedef typename LookUp<D>::Raw Raw;
 
-  static constexpr int kTogether = 2;  // tokens a warp reads at a time: entries of both sides are 16 loads per lane
+  static constexpr int kTogether = 4;  // tokens a warp reads at a time: entries of both sides are 32 loads per lane
 
   template <class Tables>
   M3_DEVICE void look_up_in(int count) const {
