@@ -101,12 +101,12 @@ class Size:
 
 SIZES = {
     "cuda": Size(
-        syllables=256, group=1024, layers=4, dim=256, heads=8, kv_heads=4, head_dim=64, memory_layers=3, batch=64,
+        syllables=256, group=512, layers=4, dim=256, heads=8, kv_heads=4, head_dim=64, memory_layers=3, batch=64,
         steps=4500, lr=1e-3, asked=512, refs=5,
     ),
     "cpu": Size(  # an hour on one core
         syllables=32, group=64, layers=4, dim=64, heads=4, kv_heads=4, head_dim=16, memory_layers=3, batch=32,
-        steps=3000, lr=4e-3, asked=64, refs=2,
+        steps=3000, lr=2e-3, asked=64, refs=2,
     ),
 }  # fmt: skip
 
