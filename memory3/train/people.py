@@ -177,9 +177,9 @@ def collect(out: Path, seeds: Sequence[int] = range(8)) -> dict[str, dict[int, l
         for seed in seeds:
             rows = [m for m in read_metrics(folder(out, arm, seed)) if "eval" in m]
             if rows:
-                lines = [{"step": m["step"], "seconds": m["seconds"], **m["eval"]} for m in rows]
+                lines = [{"step": m["step"], **{k: round(v, 4) for k, v in m["eval"].items()}} for m in rows]
                 found.setdefault(arm, {})[seed] = lines
-    (out / "people.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    (out / "people.json").write_text(json.dumps(found) + "\n", encoding="utf-8")
     if found:
         draw(found, out / "people.png")
     return found
@@ -227,7 +227,7 @@ def main() -> None:
             break
     for arm, runs in collect(given.out).items():
         for seed, rows in runs.items():
-            numbers = "  ".join(f"{k} {v:.3f}" for k, v in rows[-1].items() if k not in ("step", "seconds"))
+            numbers = "  ".join(f"{k} {v:.3f}" for k, v in rows[-1].items() if k != "step")
             print(f"{arm} (seed {seed}, {rows[-1]['step']} steps): {numbers}")
 
 
