@@ -38,11 +38,11 @@ class Clock:
     def flush(self) -> None:
         self.flushed.fill_(1)
 
-    def measure(self, call: Callable[[], object], rounds: int) -> Times:
+    def measure(self, call: Callable[[], object], rounds: int, capture: bool = True) -> Times:
         for _ in range(SETTLE):
             call()
         self.cuda.synchronize()
-        one = self.capture(call, 1)
+        one = self.capture(call, 1) if capture else None
         cold = self.replays(one or call, min(rounds, FEW), cold=True)
         if rounds > FEW and rounds * Summary.of(cold).median < LONGEST_US:
             cold = self.replays(one or call, rounds, cold=True)

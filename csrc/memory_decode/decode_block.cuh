@@ -21,6 +21,10 @@ struct DecodeWorkspace {
   float* score;  // [Tq, Hq, R K] base 2, bias included
 };
 
+// Blocks start in the order of their numbers. Those that take longest come first, or the parts of a sequence one behind
+// the other, so that blocks that wait for look-ups run beside blocks that wait for memory.
+enum class PartOrder { kContextFirst, kMemoryFirst, kSideBySide };
+
 struct DecodeBlock {
   int64_t sequence;
   int head, part, row_tile, group;
@@ -29,17 +33,19 @@ struct DecodeBlock {
   int vectors;               // query vectors of this block, 16 at most
   int first_tile, end_tile;  // of the context
 
-  // Blocks start in the order of their numbers, so those that take longest should come first: parts of the context or,
-  // with `memory_first`, of memory.
-  M3_DEVICE DecodeBlock(const M3MemoryDecodeParams& p, const DecodePlan& plan, bool memory_first = false) {
+  M3_DEVICE DecodeBlock(const M3MemoryDecodeParams& p, const DecodePlan& plan,
+                        PartOrder order = PartOrder::kContextFirst) {
     auto at = static_cast<uint32_t>(block_index());
-    const auto tiles_of_rows = static_cast<uint32_t>(plan.row_tiles), heads = static_cast<uint32_t>(p.kv_heads),
-               sequences = static_cast<uint32_t>(p.sequences);
+    const auto parts = static_cast<uint32_t>(plan.parts), tiles_of_rows = static_cast<uint32_t>(plan.row_tiles),
+               heads = static_cast<uint32_t>(p.kv_heads), each = tiles_of_rows * heads * static_cast<uint32_t>(p.sequences);
+    if (order == PartOrder::kSideBySide)
+      part = static_cast<int>(at % parts), at /= parts;
+    else
+      part = static_cast<int>(at / each), at %= each;
+    if (order == PartOrder::kMemoryFirst) part = part == 0 ? plan.parts - 1 : part - 1;
     row_tile = static_cast<int>(at % tiles_of_rows), at /= tiles_of_rows;
-    head = static_cast<int>(at % heads), at /= heads;
-    sequence = at % sequences;
-    part = static_cast<int>(at / sequences);
-    if (memory_first) part = part == 0 ? plan.parts - 1 : part - 1;
+    head = static_cast<int>(at % heads);
+    sequence = at / heads;
     group = static_cast<int>(p.heads / p.kv_heads);
     const int end = clamp_index(p.cu_q[sequence + 1], 0, p.rows);
     first_row = clamp_index(p.cu_q[sequence], 0, end);

@@ -45,7 +45,7 @@ template <class T, int D>
 M3_KERNEL void M3_THREADS(kDecodeThreads, kCodedResident<D>)
     memory_decode_coded_kernel(M3MemoryDecodeCodedParams p, DecodePlan plan, CodedPlan coded, DecodeWorkspace work) {
   let_next_start();
-  const DecodeBlock block(p.decode, plan, true);
+  const DecodeBlock block(p.decode, plan, plan.splits == 1 ? PartOrder::kMemoryFirst : PartOrder::kSideBySide);
   if (block.vectors <= 0) return;
   if (block.part == plan.splits) {
     SoftmaxTile<T, D> softmax;

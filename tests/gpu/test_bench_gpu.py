@@ -199,7 +199,7 @@ class StubClock:
     def __init__(self, cache_bytes=0):
         pass
 
-    def measure(self, call, rounds):
+    def measure(self, call, rounds, capture=True):
         call()
         return clock.Times(Summary.of([12.0] * rounds), Summary.of([10.0] * rounds), True)
 
