@@ -240,7 +240,7 @@ def _frozen(config: TrainConfig, model: MemoryModel, bank: Bank) -> Load:
 
     def load(ids: Sequence[bytes]) -> tuple[Tensor, Tensor]:
         kv, length = torch.zeros((len(ids), *shape), dtype=dtype), torch.zeros(len(ids), dtype=torch.int32)
-        with torch.no_grad(), torch.autocast("cpu", enabled=False):
+        with torch.no_grad(), torch.autocast(model.net.embed.device.type, enabled=False):
             bank.ensure(ids, write)
         bank.read_into(ids, kv, length, list(range(len(ids))))
         return kv, length
