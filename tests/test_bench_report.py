@@ -9,7 +9,9 @@ import pytest
 from test_bench_decode import filled
 
 from bench import __main__ as command
+from bench import reporting
 from bench.decode import summary
+from bench.environment import ROOT
 from bench.report import SCHEMA, document
 from bench.reporting import page, plots, tables
 
@@ -123,3 +125,18 @@ def test_refuses_what_no_suite_wrote(tmp_path):
     bad.write_text(json.dumps(document("run", {}, ENVIRONMENT, []) | {"schema": SCHEMA + 1}))
     with pytest.raises(SystemExit, match="newer than this program's"):
         command.main(["report", str(bad)])
+
+
+def test_a_gpus_report_has_its_table_and_plots():
+    """The one that was measured: bench/results/gpu-check-h200.json."""
+    document = reporting.read(ROOT / "bench" / "results" / "gpu-check-h200.json")
+    shown = tables.section("gpu", document)
+    assert "NVIDIA H200: reads 4158 GB/s" in shown.about
+    steps, ops = shown.tables
+    assert len(steps.rows) == len(document["steps"]) and all(len(row) == len(steps.columns) for row in steps.rows)
+    assert len(ops.rows) == sum(bool(r.get("cold_us")) for r in document["rows"])
+    assert [name for name, _ in plots.of(document)] == ["roofline", "peers"]
+    slower = next(
+        r for r in plots.gpu_ratios(document["rows"]) if r["peer"] == "flex_attention" and "llama" in r["case"]
+    )
+    assert 0.7 < slower["peer_ratio"] < 0.8

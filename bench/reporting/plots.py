@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter
 
 COLOURS = ("#1f5f8b", "#d1603d", "#5b8c5a", "#8d6a9f", "#c7a027", "#4c9f9f", "#94524a", "#6b7a8f", "#a2a23c")
 OWN, OTHER = COLOURS[0], "#9aa5b1"
@@ -21,6 +22,12 @@ def of(document: dict[str, Any]) -> Iterator[tuple[str, Figure]]:
             if points := [r for r in mine if r["flops"] and r["backend"] != "reference"]:
                 yield f"roofline-{top['threads']}", roofline(points, top)
         if compared := [r for r in rows if r["kind"] == "op" and r["peer_ratio"]]:
+            yield "peers", peers(compared)
+    elif suite == "gpu-check":
+        timed = [r for r in rows if r.get("cold_us")]
+        if mine := [r for r in timed if r["backend"] in ("cuda", "triton") and r["flops"]]:
+            yield "roofline", gpu_roofline(mine, document["ceilings"])
+        if compared := gpu_ratios(timed):
             yield "peers", peers(compared)
     elif suite == "decode" and rows:
         yield "speed", speeds(rows)
@@ -70,23 +77,66 @@ def roofline(rows: list[dict], top: dict[str, Any]) -> Figure:
     return figure
 
 
+def gpu_roofline(rows: list[dict], best: dict[str, float]) -> Figure:
+    """The same for a GPU: cold operands, the paper's shape and larger ones; filled: CUDA, open: Triton."""
+    figure, (axis,) = _axes(9, 5.4)
+    reads, products = best["read_gb_s"] / 1e3, best["matmul_tflops"]  # TB/s, TFLOP/s
+    intensity = [r["flops"] / r["bytes"] for r in rows]
+    low, high = min(intensity) / 2, max(max(intensity) * 2, 4 * products / reads)
+    axis.plot([low, products / reads, high], [low * reads, products, products], color="black")
+    ops = list(dict.fromkeys(r["op"] for r in rows))
+    for row, x in zip(rows, intensity, strict=True):
+        edge = colour(ops.index(row["op"]))
+        axis.scatter(x, row["tflop_per_s"], s=34, color=edge if row["backend"] == "cuda" else "white", edgecolor=edge,
+                     zorder=3)  # fmt: skip
+    for number, op in enumerate(ops):
+        axis.scatter([], [], color=colour(number), label=op, s=34)
+    title = f"Roofline: reads {1e3 * reads:.0f} GB/s, products {products:.0f} TFLOP/s; filled: CUDA, open: Triton"
+    label = "operations per byte of compulsory traffic"
+    axis.set(xscale="log", yscale="log", xlabel=label, ylabel="TFLOP/s", title=title)
+    axis.legend(fontsize=7, loc="lower right", ncols=2)
+    return figure
+
+
+def gpu_ratios(rows: list[dict]) -> list[dict]:
+    """Rows for `peers`: the CUDA kernel against everything else at its shape, cold."""
+    rows = [r for r in rows if r.get("cold_us")]
+    mine = {(r["op"], r["shape"]): r["cold_us"] for r in rows if r["backend"] == "cuda"}
+    return [
+        {"op": r["op"], "case": r["shape"], "state": "cold", "threads": None, "peer": r["backend"],
+         "peer_ratio": r["cold_us"] / mine[r["op"], r["shape"]]}
+        for r in rows
+        if r["backend"] not in ("cuda", "reference") and (r["op"], r["shape"]) in mine
+    ]  # fmt: skip
+
+
 def colour(number: int) -> str:
     return COLOURS[number % len(COLOURS)]
 
 
 def peers(rows: list[dict]) -> Figure:
     """How many times as fast as each op's first peer, by case; 1 is equal."""
-    labels = [f"{r['op']}  {r['case']}  {r['state']}, {r['threads']}t   vs {r['peer']}" for r in rows]
+    labels = [f"{r['op']}  {r['case']}  {r['state']}{_threads(r)}   vs {r['peer']}" for r in rows]
     figure, (axis,) = _axes(10, 0.9 + 0.24 * len(rows))
     values = [r["peer_ratio"] for r in rows]
-    axis.barh(labels, values, color=[OWN if v >= 1 else COLOURS[1] for v in values], height=0.7)
+    # From 1 on: what is slower than its peer goes to the left.
+    widths, colours = [v - 1 for v in values], [OWN if v >= 1 else COLOURS[1] for v in values]
+    axis.barh(labels, widths, left=1.0, color=colours, height=0.7)
     for at, value in enumerate(values):
-        axis.annotate(f" {value:.2f}", (value, at), va="center", fontsize=7)
+        side = "left" if value >= 1 else "right"
+        axis.annotate(f" {value:.2f} ", (value, at), va="center", ha=side, fontsize=7)
     axis.axvline(1.0, color="black", linewidth=1)
     axis.invert_yaxis()
     axis.tick_params(axis="y", labelsize=7)
     axis.set(xscale="log", xlabel="times as fast as the peer", title="Against other libraries, median of rounds")
+    axis.set_xlim(min(0.5, 0.8 * min(values)), max(2.0, 1.25 * max(values)))
+    for which in (axis.xaxis.set_major_formatter, axis.xaxis.set_minor_formatter):
+        which(FuncFormatter(lambda x, _: f"{x:g}"))
     return figure
+
+
+def _threads(row: dict) -> str:
+    return f", {row['threads']}t" if row["threads"] else ""
 
 
 def speeds(rows: list[dict]) -> Figure:

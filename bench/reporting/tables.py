@@ -41,7 +41,14 @@ def about(document: dict[str, Any]) -> str:
     if native.get("simd"):
         parts.append(f"SIMD {native['simd']}")
     parts += [f"{name} {packages[name]}" for name in ("memory3", "torch", "faiss-cpu") if packages.get(name)]
-    for top in document.get("ceilings", ()):
+    best = document.get("ceilings", ())
+    if isinstance(best, dict):  # of a GPU
+        parts.append(
+            f"{env['gpu']['name']}: reads {best['read_gb_s']:.0f} GB/s, copies {best['copy_gb_s']:.0f} GB/s, matrix "
+            f"products {best['matmul_tflops']:.0f} TFLOP/s"
+        )
+        best = ()
+    for top in best:
         parts.append(
             f"{top['threads']} thread(s): reads {top['read_gb_s']:.1f} GB/s, products {top['dot_gflop_s']:.0f} GFLOP/s"
         )
@@ -67,6 +74,21 @@ def _run(document: dict[str, Any]) -> list[Table]:
         lines = [(d["op"], f"{d['us']:.2f}", f"{d['us_low']:.2f}") for d in document["dispatch"]]
         found.append(Table("A call with nothing to do", ("op", "us", "least"), lines))
     return found
+
+
+def _gpu(document: dict[str, Any]) -> list[Table]:
+    timed = [r for r in document["rows"] if r.get("cold_us")]
+    lines = [
+        (
+            f"{r['op']}, {r['shape']}", r["backend"], f"{r['cold_us']:,.1f}", f"{r['hot_us']:,.1f}",
+            f"{r['predicted_us']:,.1f}" if "predicted_us" in r else "", f"{r['gb_per_s']:,.0f}",
+            f"{r['bandwidth_share']:.0%}", f"{r['tflop_per_s']:.1f}", f"{r['rate_share']:.0%}",
+        )
+        for r in timed
+    ]  # fmt: skip
+    columns = ("op, shape", "backend", "cold us", "hot us", "predicted us", "GB/s", "of reads", "TFLOP/s", "of matmul")
+    steps = [(s["name"], s["verdict"], f"{s['seconds']:.0f}", s["detail"]) for s in document.get("steps", ())]
+    return [Table("Steps", ("step", "verdict", "seconds", ""), steps), Table("Ops", columns, lines)]
 
 
 def _decode(document: dict[str, Any]) -> list[Table]:
@@ -161,4 +183,5 @@ def mib(count: float | None) -> str:
 
 SUITES: dict[str, Callable[[dict[str, Any]], list[Table]]] = {
     "run": _run, "decode": _decode, "growth": _growth, "compare self-test": _self_test,
+    "gpu-check": _gpu,
 }  # fmt: skip
