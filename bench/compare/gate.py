@@ -5,7 +5,7 @@ of base's two, its noise the one base's time over the other. A case is suspect w
   - the median change is at least `relative`, and `absolute_s` per call
   - the interval of the change (order statistics) lies wholly above what base differs from itself by
 Suspects are measured again with more rounds in fresh processes (addresses and pages differ from process to process, and
-time with them), and so is what looks slower within the noise, up to three times; only what is then suspect twice is a
+time with them), and so is what looks slower within the noise, up to five times; only what is then suspect three times is a
 loss. Of an honest case that is rare enough, and a real loss may be missed once.
 """
 
@@ -26,8 +26,8 @@ class Limits:
     relative: float = 0.05
     absolute_s: float = 0.2e-6
     rounds: int = 9
-    confirmations: int = 3
-    agree: int = 2
+    confirmations: int = 5
+    agree: int = 3
     confidence: float = 0.8  # of an interval; the looks that must agree make up for the rest
 
 
