@@ -5,8 +5,8 @@ of base's two, its noise the one base's time over the other. A case is suspect w
   - the median change is at least `relative`, and `absolute_s` per call
   - the interval of the change (order statistics) lies wholly above what base differs from itself by
 Suspects are measured again with more rounds in fresh processes (addresses and pages differ from process to process, and
-time with them), and so is what looks slower within the noise, up to five times; only what is then suspect three times is a
-loss. Of an honest case that is rare enough, and a real loss may be missed once.
+time with them), and so is what looks slower within the noise, up to five times; only what is then suspect three times
+is a loss: rare enough of an honest case, and a real loss may be missed twice.
 """
 
 from __future__ import annotations
