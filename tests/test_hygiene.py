@@ -149,8 +149,8 @@ def test_each_cuda_kernel_has_its_files():
 
 @pytest.mark.parametrize("path", [p for p in NATIVE if p.suffix in (".cu", ".cuh")], ids=name_of)
 def test_kernels_are_launched_and_written_in_one_place(path):
-    """Launches in common/cuda/launch.cuh, PTX and CUDA's own names in device.cuh: the SIMT host replaces those two. What
-    only makes two kernels overlap is in overlap.cuh, whose form for the host does nothing."""
+    """Launches in common/cuda/launch.cuh, PTX and CUDA's own names in device.cuh: the SIMT host replaces those two.
+    What only makes two kernels overlap is in overlap.cuh, whose form for the host does nothing."""
     text = re.sub(r"//[^\n]*", "", path.read_text())
     if path.name not in ("launch.cuh", "overlap.cuh"):
         assert "<<<" not in text and "cudaLaunch" not in text
