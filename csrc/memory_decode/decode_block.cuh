@@ -37,7 +37,8 @@ struct DecodeBlock {
                         PartOrder order = PartOrder::kContextFirst) {
     auto at = static_cast<uint32_t>(block_index());
     const auto parts = static_cast<uint32_t>(plan.parts), tiles_of_rows = static_cast<uint32_t>(plan.row_tiles),
-               heads = static_cast<uint32_t>(p.kv_heads), each = tiles_of_rows * heads * static_cast<uint32_t>(p.sequences);
+               heads = static_cast<uint32_t>(p.kv_heads),
+               each = tiles_of_rows * heads * static_cast<uint32_t>(p.sequences);
     if (order == PartOrder::kSideBySide)
       part = static_cast<int>(at % parts), at /= parts;
     else

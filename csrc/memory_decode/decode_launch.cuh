@@ -44,8 +44,8 @@ template <class T, int D>
 m3_status launch_merge(const M3MemoryDecodeParams& p, const DecodePlan& plan, const DecodeWorkspace& work,
                        void* stream) {
   if (plan.parts == 1) return M3_OK;
-  return launch_behind(&merge_parts<T, D>, {ceil_div(p.rows * p.heads, kMergeWarps), 32 * kMergeWarps, 0}, stream, p, plan,
-                work);
+  const Grid grid{ceil_div(p.rows * p.heads, kMergeWarps), 32 * kMergeWarps, 0};
+  return launch_behind(&merge_parts<T, D>, grid, stream, p, plan, work);
 }
 
 }  // namespace m3::gpu

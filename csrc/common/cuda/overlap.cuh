@@ -29,7 +29,8 @@ inline bool overlaps_kernels() {
          cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess && major >= 9;
 }
 
-// As launch(), behind a kernel just queued; `kernel` calls wait_for_previous(), and needs at most 48 KiB of shared memory.
+// As launch(), behind a kernel just queued; `kernel` calls wait_for_previous(), and needs at most 48 KiB of shared
+// memory.
 template <class... Params, class... Args>
 m3_status launch_behind(void (*kernel)(Params...), const Grid& grid, void* stream, const Args&... args) {
   if (grid.blocks > 0 && grid.blocks <= kMostBlocks && !dry_run() && overlaps_kernels()) {
