@@ -18,7 +18,7 @@ from memory3_kernels import gather_memory, memory_attention, select_tokens
 from .config import MemoryConfig
 from .memory import Memory
 from .model.cache import Prefix
-from .model.llama import Llama, with_prefix_rows
+from .model.llama import Llama, places, with_prefix_rows
 
 # Rows per encoding batch: the matrix products are at full speed from a few hundred rows on (CPU), and activations
 # stay small.
@@ -48,7 +48,7 @@ def encode_references(
     m, longest = prefix.k.shape[1], max(counts)
     flat = np.fromiter(chain.from_iterable(references), np.int64, sum(counts))
     ends_of = np.concatenate(([0], np.cumsum(counts)))
-    inside = np.arange(len(flat)) - np.repeat(ends_of[:-1], counts)
+    inside = places(counts)
     tokens, positions = (torch.from_numpy(x).to(device) for x in (flat, m + inside))
     ends = torch.from_numpy(ends_of.astype(np.int32)).to(device)
     ends_k = ends + m * torch.arange(len(counts) + 1, dtype=torch.int32, device=device)

@@ -163,7 +163,7 @@ class Llama(nn.Module):
         counts = _counts(cu, tokens)
         offset = 0 if prefix is None else prefix.k.shape[1] + prefix.span
         self._check_positions(offset, counts)
-        positions = offset + _places(counts)
+        positions = offset + places(counts)
         m = 0 if prefix is None else prefix.k.shape[1]
         cu = cu.to(tokens.device, torch.int32)
         cu_k = cu + m * torch.arange(len(counts) + 1, dtype=torch.int32, device=cu.device)
@@ -370,12 +370,12 @@ def _flat_rows(starts: Sequence[int], ends: Sequence[int], stride: int, device: 
 def with_prefix_rows(counts: Sequence[int], m: int, device: torch.device) -> Tensor:
     """Rows of cat(prefix [m], packed [T]) that put the prefix in front of every packed sequence."""
     own = np.asarray(counts, np.int64)
-    place = _places(own + m)  # in its sequence; a packed row lies behind the prefix and all sequences before
+    place = places(own + m)  # in its sequence; a packed row lies behind the prefix and all sequences before
     shift = np.repeat(own.cumsum() - own, own + m)
     return torch.from_numpy(np.where(place < m, place, place + shift)).to(device)
 
 
-def _places(counts: Sequence[int] | np.ndarray) -> np.ndarray:
+def places(counts: Sequence[int] | np.ndarray) -> np.ndarray:
     """int64 [sum of counts], 0, 1, ... in each sequence."""
     counts = np.asarray(counts, np.int64)
     return np.arange(counts.sum()) - np.repeat(counts.cumsum() - counts, counts)

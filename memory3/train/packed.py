@@ -20,7 +20,7 @@ from memory3_kernels import memory_attention
 
 from ..config import MemoryConfig
 from ..memory import MemoryRead
-from ..model.llama import Llama
+from ..model.llama import Llama, places
 from .batch import Batch
 
 
@@ -87,22 +87,21 @@ def pack(batch: Batch, memory: MemoryConfig | None, resident: bool = False) -> P
     m = memory.prefix_len if reading.any() else 0
     span = memory.span if reading.any() else 0
     first = np.where(reading, m + span, 0)
-    positions = np.arange(cu[-1]) - np.repeat(cu[:-1] - first, counts)
+    positions = places(counts) + np.repeat(first, counts)
     take, counts_k = None, counts
     if m:
         counts, reading = np.concatenate(([m], counts)), np.concatenate(([False], reading))
         positions = np.concatenate((np.arange(m), positions))
         counts_k = counts + m * reading
         # A key's row: its place behind the sequence's first key, moved to the sequence; of the prefix, as it stands.
-        starts, starts_k = _offsets(counts), _offsets(counts_k)
-        inside = np.arange(starts_k[-1]) - np.repeat(starts_k[:-1] + m * reading, counts_k)
+        starts, inside = _offsets(counts), places(counts_k) - np.repeat(m * reading, counts_k)
         take = torch.from_numpy(np.where(inside < 0, inside + m, inside + np.repeat(starts[:-1], counts_k)))
     chunks = slots = None
     if batch.slots is not None and batch.reads:
         chunks, slots = batch.cu_chunk, batch.slots
         if resident:
-            places = torch.tensor(batch.reads, dtype=torch.int32, device=slots.device)
-            slots = torch.where(slots >= 0, places[slots.clamp_min(0).long()], slots)
+            numbers = torch.tensor(batch.reads, dtype=torch.int32, device=slots.device)
+            slots = torch.where(slots >= 0, numbers[slots.clamp_min(0).long()], slots)
         if m:
             chunks = torch.cat((chunks[:1], chunks + m))
             slots = torch.cat((slots.new_full((1, slots.shape[1]), -1), slots))
