@@ -25,12 +25,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("head", nargs="?", default="HEAD", help="commit that must not be slower (default HEAD)")
     parser.add_argument("--case", metavar="TEXT", nargs="+", default=[""], help="only cases that contain one of these")
     parser.add_argument(
-        "--suite", choices=("smoke", "cpu"), default="cpu", help="smoke: one case per op (default: cpu)"
+        "--suite", choices=("smoke", "cpu"), default="cpu", help="smoke: of each op the first by name (default: cpu)"
     )
     parser.add_argument("--threads", type=int, default=1, help="threads of torch (default 1)")
-    parser.add_argument(
-        "--rounds", type=int, default=9, help="of the first look; suspects get twice as many (default 9)"
-    )
+    parser.add_argument("--rounds", type=int, default=9, help="of a look at a case (default 9)")
     parser.add_argument("--relative", type=float, default=0.05, help="smallest loss that counts (default 0.05)")
     parser.add_argument("--markdown", metavar="FILE", help="write the table here too (as for a pull request)")
     parser.add_argument("--json", metavar="FILE", help="write all numbers here; --self-test goes on with what is there")
@@ -56,7 +54,7 @@ def main(args: argparse.Namespace) -> int:
         only = sorted(set(started["head"].cases) ^ set(started["base"].cases))
         cases = chosen(both, args)
         with progress("cases", len(cases)) as step:
-            changes = gate.compare(cases, started, workers.fresh, limits, step)
+            changes = gate.compare(cases, workers.fresh, limits, step)
     table = gate.markdown(changes, args.base, args.head, only)
     print(table)
     if args.markdown:
@@ -72,7 +70,7 @@ def chosen(cases: list[str], args: argparse.Namespace) -> list[str]:
     """Raises SystemExit where nothing is left."""
     found = [case for case in cases if any(part in case for part in args.case)]
     if args.suite == "smoke":
-        found = list({case.split("/")[0]: case for case in reversed(found)}.values())[::-1]
+        found = sorted({case.split("/")[0]: case for case in sorted(found, reverse=True)}.values())
     if not found:
         raise SystemExit(f"--case: expected part of a benchmark case's name, got {' '.join(args.case)!r}")
     return found
@@ -82,14 +80,14 @@ def self_test(args: argparse.Namespace, limits: gate.Limits) -> int:
     """Exit status 1: more than 1 % false alarms, or fewer than 95 % of the planted slowdowns found."""
     found: dict[str, list] = {"self": [], "planted": []}
     path = Path(args.json) if args.json else None
-    if path is not None and path.is_file():
-        read = json.loads(path.read_text(encoding="utf-8"))
-        if (read.get("suite"), read.get("schema")) != ("compare self-test", SCHEMA):
-            raise SystemExit(f"{path}: expected results of bench compare --self-test; choose another file")
-        found = read["comparisons"]
     with sides.WorkerSide(sides.ROOT, args.threads) as side:
         cases = chosen(side.cases, args)
     settings = {"threads": args.threads, "cases": cases, **asdict(limits)}
+    if path is not None and path.is_file():
+        read = json.loads(path.read_text(encoding="utf-8"))
+        if (read.get("suite"), read.get("schema"), read.get("settings")) != ("compare self-test", SCHEMA, settings):
+            raise SystemExit(f"{path}: expected results of bench compare --self-test with the same settings")
+        found = read["comparisons"]
 
     def save() -> None:
         if path is not None:

@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from contextlib import ExitStack
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Protocol
@@ -43,34 +43,55 @@ def build(tree: Path) -> None:
 
 
 class WorkerSide:
-    """A worker process on a tree; a context manager. slower: a planted slowdown, for the gate's own test.
+    """A process on a tree that imports once, and the one that times (a child of it); a context manager.
 
-    Raises RuntimeError where the tree has no native library or its process ends.
+    slower: a planted slowdown, for the gate's own test. kept: a folder for operands of this tree, made once. Raises
+    RuntimeError where the tree has no native library or its process ends.
     """
 
-    def __init__(self, tree: Path, threads: int = 1, slower: float = 1.0) -> None:
+    def __init__(self, tree: Path, threads: int = 1, slower: float = 1.0, kept: Path | None = None) -> None:
         command = [sys.executable, str(WORKER), str(tree), "--threads", str(threads), "--slower", str(slower)]
-        environment = os.environ | {"PYTHONPATH": str(tree), "OMP_NUM_THREADS": str(threads)}
+        command += ["--kept", str(kept)] if kept else []
+        one = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}  # before the fork; the child sets its own number
         self._tree = tree
         self._process = subprocess.Popen(
-            command, cwd=tree, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
-        self._about: dict | None = None
+            command, cwd=tree, env=os.environ | {"PYTHONPATH": str(tree), **one}, stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        self._said: dict | None = None
 
     @property
     def cases(self) -> list[str]:
-        if self._about is None:
-            self._about = self._read()
-            if not self._about["native"]:
-                raise RuntimeError(f"{self._tree} has no native library to time")
-        return self._about["cases"]
+        return self._about()["cases"]
+
+    @property
+    def pid(self) -> int:
+        """Of the process that times."""
+        return self._about()["pid"]
 
     def seconds(self, case: str) -> float:
         if case not in self.cases:
             raise ValueError(f"case: expected one of the tree's {len(self.cases)} benchmark cases, got {case!r}")
-        self._process.stdin.write(json.dumps({"case": case}) + "\n")
-        self._process.stdin.flush()
+        self._ask({"case": case})
         return self._read()["seconds"]
+
+    def fresh(self) -> None:
+        """Another process goes on; it shares the import, but what it allocates lies elsewhere."""
+        self._about()  # a request too early would be read by the wrong process
+        self._ask({"fresh": True})
+        self._said = None
+
+    def _about(self) -> dict:
+        if self._said is None:
+            self._said = self._read()
+            if not self._said["native"]:
+                raise RuntimeError(f"{self._tree} has no native library to time")
+        return self._said
+
+    def _ask(self, request: dict) -> None:
+        with suppress(BrokenPipeError):  # it has ended, and with which status reading the answer says
+            self._process.stdin.write(json.dumps(request) + "\n")
+            self._process.stdin.flush()
 
     def _read(self) -> dict:
         line = self._process.stdout.readline()
@@ -82,30 +103,31 @@ class WorkerSide:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._process.stdin.close()
-        self._process.stdout.close()
+        with suppress(BrokenPipeError):  # what could not be written to a process that has ended
+            self._process.stdin.close()
         self._process.wait()
+        self._process.stdout.close()
 
 
 class Workers:
-    """Base twice and head, each in a process of its own; `fresh` starts all three anew. A context manager."""
+    """Base twice and head, each in a process of its own; `fresh` gives each another one. A context manager."""
 
-    def __init__(self, base: Path, head: Path, threads: int = 1, slower: float = 1.0) -> None:
-        self._made = {"base": (base, 1.0), "again": (base, 1.0), "head": (head, slower)}
-        self._threads = threads
-        self._stack = ExitStack()
-        self.sides: dict[str, WorkerSide] = {}  # those that run
+    def __init__(self, base: Path, head: Path, threads: int = 1, slower: float = 1.0, kept: Path | None = None) -> None:
+        made = {"base": (base, 1.0), "again": (base, 1.0), "head": (head, slower)}
+        self._sides: dict[str, WorkerSide] = {}
+        self._start = lambda: {name: WorkerSide(tree, threads, slow, kept) for name, (tree, slow) in made.items()}
 
     def fresh(self) -> dict[str, WorkerSide]:
-        self._stack.close()
-        self.sides = {
-            name: self._stack.enter_context(WorkerSide(tree, self._threads, slower))
-            for name, (tree, slower) in self._made.items()
-        }
-        return self.sides
+        if not self._sides:
+            self._sides = self._start()
+        else:
+            for side in self._sides.values():
+                side.fresh()
+        return self._sides
 
     def __enter__(self) -> Workers:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._stack.close()
+        for side in self._sides.values():
+            side.__exit__(kind, error, trace)
