@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from memory3_kernels import memory_attention, native_reason
+from memory3_kernels import int8_linear, int8_pays, memory_attention, native_reason, quantise_weight
 
 from . import data
 from .identity import hash_files
@@ -72,11 +72,15 @@ class Embedder:
     """all-MiniLM-L6-v2: mean of the last hidden states, length 1, at most 256 tokens. Loaded at first use.
 
     folder   Hugging Face folder of a BERT encoder (config.json, model.safetensors, tokenizer.json); None: the demo
-             package (memory3.data). dtype: bf16 is as good here (cosine to fp32 above 0.9999) and faster.
+             package (memory3.data)
+    dtype    torch.int8: linear maps in bytes where that is faster (AVX-512), the rest in bf16 (docs/ops/int8_linear.md
+             has what it does to vectors and rankings); torch.bfloat16; torch.float32: as published
     Raises DataMissing with the install command when the package is not there.
     """
 
-    def __init__(self, folder: str | Path | None = None, dtype: torch.dtype = torch.bfloat16, batch_size: int = 32):
+    def __init__(self, folder: str | Path | None = None, dtype: torch.dtype = torch.int8, batch_size: int = 32):
+        if dtype not in (torch.int8, torch.bfloat16, torch.float32):
+            raise ValueError(f"dtype must be torch.int8, torch.bfloat16 or torch.float32, got {dtype}")
         self.folder = data.path("minilm") if folder is None else Path(folder)
         for file in ("config.json", "model.safetensors", "tokenizer.json"):
             if not (self.folder / file).is_file():
@@ -88,7 +92,7 @@ class Embedder:
 
     @property
     def name(self) -> str:
-        """Model, pooling, length and the hash of the files: differs when vectors would."""
+        """Model, pooling, length and the hash of the files: differs when vectors would, roundings aside."""
         if not self._name:
             digest = hash_files(self.folder / file for file in ("model.safetensors", "tokenizer.json"))
             self._name = f"bert-mean-{MAX_TOKENS}:{digest[:32]}"
@@ -122,14 +126,26 @@ class Embedder:
 
 
 class _Affine:
-    """x W^T + b by the model's own linear layer: torch's bf16 products crawl on a CPU without instructions for them."""
+    """x W^T + b, and GELU of it, by the model's own linear layer: torch's bf16 products crawl on a CPU without
+    instructions for them."""
 
-    def __init__(self, weight: Tensor, bias: Tensor):
+    def __init__(self, weight: Tensor, bias: Tensor, gelu: bool = False):
         self.map = Linear(weight.shape[1], weight.shape[0], nn.Parameter(weight, requires_grad=False))
-        self.bias = bias
+        self.bias, self.gelu = bias, gelu
 
     def __call__(self, x: Tensor) -> Tensor:
-        return self.map(x).add_(self.bias)
+        out = self.map(x).add_(self.bias)
+        return F.gelu(out) if self.gelu else out
+
+
+class _Int8Affine:
+    """The same in bytes."""
+
+    def __init__(self, weight: Tensor, bias: Tensor, gelu: bool = False):
+        self.weight, self.gelu = quantise_weight(weight, bias), gelu
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return int8_linear(x, self.weight, self.gelu)
 
 
 class _Bert:
@@ -145,7 +161,9 @@ class _Bert:
         if about.get("model_type") != "bert" or about.get("hidden_act") != "gelu":
             raise ValueError(f"{config} must describe a bert model with gelu, got {about.get('model_type')!r}")
         self.heads, self.dim = about["num_attention_heads"], about["hidden_size"]
-        weights = {name.removeprefix("bert."): tensor.to(dtype) for name, tensor in weights.items()}
+        affine = _Int8Affine if dtype is torch.int8 and int8_pays() else _Affine
+        between = torch.bfloat16 if dtype is torch.int8 else dtype
+        weights = {name.removeprefix("bert."): tensor.to(between) for name, tensor in weights.items()}
 
         def pair(name: str) -> tuple[Tensor, Tensor]:
             return weights[f"{name}.weight"], weights[f"{name}.bias"]
@@ -162,58 +180,58 @@ class _Bert:
             qkv = [pair(f"{at}.attention.self.{which}") for which in ("query", "key", "value")]
             self.layers.append(
                 (
-                    _Affine(torch.cat([w for w, _ in qkv]), torch.cat([b for _, b in qkv])),
-                    _Affine(*pair(f"{at}.attention.output.dense")),
+                    affine(torch.cat([w for w, _ in qkv]), torch.cat([b for _, b in qkv])),
+                    affine(*pair(f"{at}.attention.output.dense")),
                     pair(f"{at}.attention.output.LayerNorm"),
-                    _Affine(*pair(f"{at}.intermediate.dense")),
-                    _Affine(*pair(f"{at}.output.dense")),
+                    affine(*pair(f"{at}.intermediate.dense"), gelu=True),
+                    affine(*pair(f"{at}.output.dense")),
                     pair(f"{at}.output.LayerNorm"),
                 )
             )
 
     @torch.inference_mode()
     def __call__(self, ids: list[list[int]]) -> Tensor:
-        """Token ids of N texts -> fp32 [N, dim], length 1."""
-        count, longest = len(ids), max(map(len, ids))
-        tokens = torch.zeros((count, longest), dtype=torch.int64)
-        real = torch.zeros((count, longest), dtype=torch.bool)
-        for i, row in enumerate(ids):
-            tokens[i, : len(row)] = torch.tensor(row)
-            real[i, : len(row)] = True
-        attend = self._attention(real)
-        x = F.layer_norm(self.words[tokens] + self.places[:longest], (self.dim,), *self.norm, eps=LAYER_NORM_EPS)
+        """Token ids of N texts, ascending in length, end to end: nothing is padded. -> fp32 [N, dim], length 1."""
+        lengths = [len(row) for row in ids]
+        attend = self._attention(lengths)
+        tokens = torch.tensor([token for row in ids for token in row])
+        x = F.embedding(tokens, self.words) + torch.cat([self.places[:n] for n in lengths])
+        x = F.layer_norm(x, (self.dim,), *self.norm, eps=LAYER_NORM_EPS)
         for qkv, merge, norm_attention, up, down, norm_mlp in self.layers:
-            mixed = attend(qkv(x).view(count, longest, 3, self.heads, -1)).reshape(x.shape)
+            mixed = attend(qkv(x).view(len(x), 3, self.heads, -1)).reshape(x.shape)
             x = F.layer_norm(x + merge(mixed), (self.dim,), *norm_attention, eps=LAYER_NORM_EPS)
-            x = F.layer_norm(x + down(F.gelu(up(x))), (self.dim,), *norm_mlp, eps=LAYER_NORM_EPS)
-        weight = real[..., None].float()
-        return F.normalize((x.float() * weight).sum(1) / weight.sum(1), dim=-1)
+            x = F.layer_norm(x + down(up(x)), (self.dim,), *norm_mlp, eps=LAYER_NORM_EPS)
+        text = torch.repeat_interleave(torch.arange(len(ids)), torch.tensor(lengths))
+        sums = torch.zeros(len(ids), self.dim).index_add_(0, text, x.float())
+        return F.normalize(sums, dim=-1)
 
-    def _attention(self, real: Tensor) -> Callable[[Tensor], Tensor]:
-        """Attention of every token to its text's real ones: queries, keys and values [N, T, 3, H, D] -> [N, T, H, D].
+    def _attention(self, lengths: list[int]) -> Callable[[Tensor], Tensor]:
+        """Attention of every token to those of its text: queries, keys and values [T, 3, H, D] -> [T, H, D].
 
         Texts are read as memory records are, each by its own rows: the op of this project is four times as fast on
         texts this short as torch's attention.
         """
-        count, longest = real.shape
         if native_reason() is not None:
-            mask = None if bool(real.all()) else real[:, None, None, :]
 
             def plain(qkv: Tensor) -> Tensor:
-                q, k, v = qkv.permute(2, 0, 3, 1, 4)
-                return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
+                texts = [part.permute(1, 2, 0, 3) for part in qkv.split(lengths)]
+                return torch.cat([F.scaled_dot_product_attention(q, k, v).transpose(0, 1) for q, k, v in texts])
 
             return plain
-        rows = torch.arange(0, (count + 1) * longest, longest, dtype=torch.int32)
-        no_context, length = torch.zeros_like(rows), real.sum(1, dtype=torch.int32)
-        slot = torch.arange(count, dtype=torch.int32)[:, None]
+        # Every row begins a record as long as the longest text, of which as much is read as belongs to the row's text;
+        # that text lies last, so that none reaches beyond the end.
+        begin = F.pad(torch.tensor(lengths).cumsum(0), (1, 0)).int()
+        longest, length = max(lengths), torch.zeros(sum(lengths), dtype=torch.int32)
+        length[begin[:-1].long()] = torch.tensor(lengths, dtype=torch.int32)
+        length, slot, no_context = length[: len(length) - longest + 1], begin[:-1, None], torch.zeros_like(begin)
 
         def native(qkv: Tensor) -> Tensor:
-            _, k, v = qkv.permute(2, 0, 3, 1, 4)
-            q = qkv.flatten(0, 1)[:, 0]
+            row, head = qkv.stride(0), qkv.stride(2)
+            records = (len(length), self.heads, longest, qkv.shape[-1]), (row, head, row, 1)
+            k, v = (qkv[:, i].as_strided(*records) for i in (1, 2))
             return memory_attention(
-                q, None, None, rows, no_context, rows, k, v, slot, length,
-                scale=q.shape[-1] ** -0.5, max_q=longest, max_k=0, max_chunk=longest,
+                qkv[:, 0], None, None, begin, no_context, begin, k, v, slot, length,
+                scale=qkv.shape[-1] ** -0.5, max_q=longest, max_k=0, max_chunk=longest,
             )[0]  # fmt: skip
 
         return native

@@ -17,10 +17,12 @@ if _find_spec("torch") is not None:
 
     from ._backends import explain, use_backend
     from .book import Book
+    from .int8 import Int8Weight, int8_pays, quantise_weight
     from .ops.decode_step import STAGES as DECODE_STAGES
     from .ops.decode_step import decode_step
     from .ops.gather_dequantize import gather_dequantize
     from .ops.gather_memory import gather_memory
+    from .ops.int8_linear import int8_linear
     from .ops.memory_attention import memory_attention
     from .ops.memory_attention_backward import memory_attention_backward
     from .ops.memory_decode import memory_decode
@@ -48,6 +50,9 @@ __all__ = [
     "explain",
     "gather_dequantize",
     "gather_memory",
+    "int8_linear",
+    "int8_pays",
+    "Int8Weight",
     "join_weights",
     "memory_attention",
     "memory_attention_backward",
@@ -60,6 +65,7 @@ __all__ = [
     "packed_linear",
     "PackedWeight",
     "PackedWeights",
+    "quantise_weight",
     "scatter_memory",
     "select_tokens",
     "unpack_weight",

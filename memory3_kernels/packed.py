@@ -151,14 +151,15 @@ def unpack_weight(data: Tensor, rows: int, cols: int, format: str, dtype: torch.
     return (values + scale[1] if scales == 2 else values).view(rows, cols)
 
 
-def _padded(rows: Tensor) -> Tensor:
+def padded_rows(rows: Tensor) -> Tensor:
+    """With rows of zeros behind, to a multiple of TILE."""
     missing = -rows.shape[0] % TILE
     return torch.cat((rows, rows.new_zeros((missing, *rows.shape[1:])))) if missing else rows
 
 
 def _pairs(values: Tensor) -> Tensor:
     """[rows, cols] -> uint8 [tiles, bytes]: 16 rows side by side, two columns each."""
-    values = _padded(values)
+    values = padded_rows(values)
     rows, cols = values.shape
     pairs = values.view(rows // TILE, TILE, cols // 2, 2).transpose(1, 2).contiguous()
     return pairs.view(rows // TILE, TILE * cols).view(torch.uint8)
@@ -166,7 +167,7 @@ def _pairs(values: Tensor) -> Tensor:
 
 def _words(values: Tensor) -> Tensor:
     """uint8 [rows, cols] of 0..15 -> uint8 [tiles, bytes]: word [c, row, p] holds columns 8c + 2j + p in bits 4j."""
-    values = _padded(values)
+    values = padded_rows(values)
     rows, cols = values.shape
     parts = values.to(torch.int32).view(rows // TILE, TILE, cols // BLOCK, 4, 4, 2)  # [tile, row, block, c, j, p]
     words = sum(parts[..., j, :] << 4 * j for j in range(4))
@@ -180,7 +181,7 @@ def _assemble(values: Tensor, scale: Tensor | None, rows: int, cols: int, format
     data = torch.zeros((tiles, tile_bytes(cols, format)), dtype=torch.uint8)
     data[:, : values.shape[1]] = values
     if scale is not None and data.numel():
-        packed = _padded(scale.to(torch.float16)).view(tiles, TILE, *scale.shape[1:]).permute(0, 2, 3, 1)
+        packed = padded_rows(scale.to(torch.float16)).view(tiles, TILE, *scale.shape[1:]).permute(0, 2, 3, 1)
         packed = packed.contiguous().view(tiles, TILE * scale[0].numel()).view(torch.uint8)
         data[:, values.shape[1] : values.shape[1] + packed.shape[1]] = packed
     return PackedWeight(data, rows, cols, format)

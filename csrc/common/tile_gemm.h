@@ -1,4 +1,4 @@
-// Products of bf16 operands on tile registers (AMX), for `*.simd.cpp` files: a tile holds 16 rows of 64 bytes, one
+// Products of bf16 operands, or bytes, on tile registers (AMX), for `*.simd.cpp` files: a tile holds 16 rows of 64 bytes, one
 // instruction multiplies two of them, 16 rows of A times 16 columns of B over 16 pairs, 16 times what vdpbf16ps does in
 // the same time. Operands are those of common/pair_tile.h. Semantics: Intel 64 and IA-32 Architectures Software
 // Developer's Manual, volume 2, TDPBF16PS: exact products, fp32 sums, denormals count as zeros.
@@ -28,6 +28,7 @@ constexpr int kTileWords = kTileSide * kTileSide;  // 1 KiB
 
 #if defined(M3_EMULATE_AMX)
 using emulated::tile_dot;
+using emulated::tile_dot_bytes;
 using emulated::tile_load;
 using emulated::tile_release;
 using emulated::tile_set_up;
@@ -54,6 +55,10 @@ inline void tile_store(void* to, int64_t stride) {
 template <int Sum, int A, int B>
 inline void tile_dot() {
   asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(Sum), "i"(A), "i"(B));
+}
+template <int Sum, int A, int B>
+inline void tile_dot_bytes() {  // unsigned A, signed B, four bytes for a pair, sums in int32 (TDPBUSD)
+  asm volatile("tdpbusd %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(Sum), "i"(A), "i"(B));
 }
 #endif
 

@@ -54,15 +54,4 @@ inline BookArgs book_args(const Tensor& coarse, const Tensor& fine, const std::o
   return args;
 }
 
-inline m3_dtype output_type(ScalarType dtype) {
-  switch (dtype) {
-    case ScalarType::Float: return M3_F32;
-    case ScalarType::Half: return M3_F16;
-    case ScalarType::BFloat16: return M3_BF16;
-    default: break;
-  }
-  STD_TORCH_CHECK(false, "dtype: expected float32, bfloat16 or float16, got ", torch::headeronly::toString(dtype));
-  return M3_F32;
-}
-
 }  // namespace m3::binding

@@ -14,18 +14,10 @@ m3_weight_format format_by_name(const std::string& name) {
   return M3_WEIGHT_Q4_1;
 }
 
-m3_dtype output_type(ScalarType type) {
-  if (type == ScalarType::Float) return M3_F32;
-  if (type == ScalarType::Half) return M3_F16;
-  STD_TORCH_CHECK(type == ScalarType::BFloat16, "out_dtype: expected float32, bfloat16 or float16, got ",
-                  torch::headeronly::toString(type));
-  return M3_BF16;
-}
-
 Tensor packed_linear(const Tensor& x, const Tensor& weight, std::string format, int64_t rows, ScalarType out_dtype) {
   M3PackedLinearParams p{};
   p.weight.format = format_by_name(format);
-  p.out_dtype = output_type(out_dtype);
+  p.out_dtype = output_type(out_dtype, "out_dtype");
   STD_TORCH_CHECK(x.dim() > 0, "x: expected [..., cols], got a number");
   const m3_dtype type = element_type(x, "x");
   const int64_t cols = x.size(x.dim() - 1);

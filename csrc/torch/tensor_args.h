@@ -32,6 +32,18 @@ inline m3_dtype element_type(const Tensor& t, const char* name) {
   return M3_F32;
 }
 
+// The same for what an op is asked to return.
+inline m3_dtype output_type(ScalarType type, const char* name = "dtype") {
+  switch (type) {
+    case ScalarType::Float: return M3_F32;
+    case ScalarType::Half: return M3_F16;
+    case ScalarType::BFloat16: return M3_BF16;
+    default: break;
+  }
+  STD_TORCH_CHECK(false, name, ": expected float32, bfloat16 or float16, got ", torch::headeronly::toString(type));
+  return M3_F32;
+}
+
 inline void expect_type(const Tensor& t, const char* name, ScalarType type) {
   STD_TORCH_CHECK(t.scalar_type() == type, name, ": expected ", torch::headeronly::toString(type), ", got ",
                   torch::headeronly::toString(t.scalar_type()));

@@ -30,16 +30,28 @@ def test_encoder_equals_transformers():
     got = Embedder(dtype=torch.float32, batch_size=2).encode(TEXTS)
     assert got.shape == (5, 384) and got.dtype == np.float32
     assert np.abs(got - want).max() < 1e-5
-    rough = Embedder().encode(TEXTS)
-    assert (rough * want).sum(1).min() > 0.999 and np.allclose(np.linalg.norm(rough, axis=1), 1, atol=1e-5)
+    for dtype, cosine in ((torch.bfloat16, 0.999), (torch.int8, 0.99)):
+        rough = Embedder(dtype=dtype).encode(TEXTS)
+        assert (rough * want).sum(1).min() > cosine and np.allclose(np.linalg.norm(rough, axis=1), 1, atol=1e-5)
+    with pytest.raises(ValueError, match=r"dtype must be torch\.int8, .* got torch\.float16"):
+        Embedder(dtype=torch.float16)
+
+
+@needs
+def test_a_text_has_its_vector_whatever_lies_beside_it():
+    """Bytes have a scale per token, not one for all that are encoded together."""
+    embedder = Embedder()
+    together = embedder.encode(TEXTS)
+    alone = np.concatenate([embedder.encode([text]) for text in TEXTS])
+    assert (together * alone).sum(1).min() > 0.9999
 
 
 @needs
 def test_encoder_without_the_native_library(monkeypatch):
     """Attention by torch then: the same vectors but for the rounding of bfloat16."""
-    native = Embedder().encode(TEXTS)
+    native = Embedder(dtype=torch.bfloat16).encode(TEXTS)
     monkeypatch.setattr("memory3.embed.native_reason", lambda: "switched off")
-    assert (native * Embedder().encode(TEXTS)).sum(1).min() > 0.999
+    assert (native * Embedder(dtype=torch.bfloat16).encode(TEXTS)).sum(1).min() > 0.999
 
 
 @needs

@@ -71,5 +71,27 @@ inline void tile_dot() {
     }
 }
 
+// TDPBUSD: unsigned bytes of A, signed ones of B, int32 sums.
+template <int Sum, int A, int B>
+inline void tile_dot_bytes() {
+  Tiles& t = with(Sum);
+  with(A), with(B);
+  const int quads = t.row_bytes[A] / 4;
+  if (t.rows[A] != t.rows[Sum] || t.row_bytes[B] != t.row_bytes[Sum] || t.rows[B] != quads) __builtin_trap();
+  for (int i = 0; i < t.rows[Sum]; ++i)
+    for (int k = 0; k < quads; ++k) {
+      uint8_t x[4];
+      int8_t y[4];
+      memcpy(x, &t.at[A][i][k], 4);
+      for (int j = 0; j < t.row_bytes[Sum] / 4; ++j) {
+        memcpy(y, &t.at[B][k][j], 4);
+        int32_t sum;
+        memcpy(&sum, &t.at[Sum][i][j], 4);
+        for (int b = 0; b < 4; ++b) sum += x[b] * y[b];
+        memcpy(&t.at[Sum][i][j], &sum, 4);
+      }
+    }
+}
+
 }  // namespace emulated
 }  // namespace

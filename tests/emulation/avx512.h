@@ -227,6 +227,27 @@ inline __m512 dpbf16_ps(__m512 sum, __m512bh a, __m512bh b) {
   return bits<__m512>(out);
 }
 
+// VPMADDWD: products of signed 16-bit pairs, added.
+inline __m512i madd_epi16(__m512i a, __m512i b) {
+  int16_t x[32], y[32];
+  memcpy(x, &a, sizeof x);
+  memcpy(y, &b, sizeof y);
+  I out;
+  for (int i = 0; i < 16; ++i) out[i] = x[2 * i] * y[2 * i] + x[2 * i + 1] * y[2 * i + 1];
+  return bits<__m512i>(out);
+}
+
+// VPDPBUSD: unsigned bytes of a, signed ones of b.
+inline __m512i dpbusd_epi32(__m512i sum, __m512i a, __m512i b) {
+  uint8_t x[64];
+  int8_t y[64];
+  memcpy(x, &a, sizeof x);
+  memcpy(y, &b, sizeof y);
+  I out = bits<I>(sum);
+  for (int i = 0; i < 64; ++i) out[i / 4] += x[i] * y[i];
+  return bits<__m512i>(out);
+}
+
 }  // namespace emulated
 }  // namespace
 
@@ -262,3 +283,5 @@ inline __m512 dpbf16_ps(__m512 sum, __m512bh a, __m512bh b) {
 #define _mm512_cvtneps_pbh emulated::cvtneps_pbh
 #define _mm512_cvtne2ps_pbh emulated::cvtne2ps_pbh
 #define _mm512_dpbf16_ps emulated::dpbf16_ps
+#define _mm512_madd_epi16 emulated::madd_epi16
+#define _mm512_dpbusd_epi32 emulated::dpbusd_epi32
