@@ -31,8 +31,7 @@ def add_format_arguments(parser: argparse.ArgumentParser) -> None:
 def load(args: argparse.Namespace, weights: str, load_model=None) -> MemoryModel:
     """SmolLM2-135M with the memory format of the arguments."""
     from memory3 import load_model as default
-    from memory3.cli.common import layer_list
-    from memory3.config import PRESETS
+    from memory3.config import PRESETS, layer_list
 
     memory = PRESETS[MODEL].memory
     if args.memory_tokens is not None:

@@ -15,6 +15,19 @@ def _require(ok: bool, message: str) -> None:
         raise ValueError(message)
 
 
+def layer_list(text: str | None) -> tuple[int, ...] | None:
+    """ "0-14" or "3,7,10-12" -> layer numbers."""
+    if text is None:
+        return None
+    layers: set[int] = set()
+    for part in text.split(","):
+        first, _, last = part.strip().partition("-")
+        if not first.isdigit() or not (last or first).isdigit():
+            raise ValueError(f"layers: expected numbers and ranges such as 10-24 or 3,7,10-12, got {text!r}")
+        layers.update(range(int(first), int(last or first) + 1))
+    return tuple(sorted(layers))
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     """A decoder: RMSNorm, RoPE, grouped-query attention, gated SiLU MLP, no biases.

@@ -75,19 +75,6 @@ def load(model: str, quiet: bool = False, identity=None, weights: str = "auto", 
     return loaded.with_memory(memory)
 
 
-def layer_list(text: str | None) -> tuple[int, ...] | None:
-    """ "0-14" or "3,7,10-12" -> layer numbers."""
-    if text is None:
-        return None
-    layers: set[int] = set()
-    for part in text.split(","):
-        first, _, last = part.strip().partition("-")
-        if not first.isdigit() or not (last or first).isdigit():
-            raise ValueError(f"layers: expected numbers and ranges such as 10-24 or 3,7,10-12, got {text!r}")
-        layers.update(range(int(first), int(last or first) + 1))
-    return tuple(sorted(layers))
-
-
 def human_bytes(count: float) -> str:
     """1536 -> "1.5 KiB"."""
     for unit in ("B", "KiB", "MiB", "GiB"):

@@ -8,7 +8,8 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from .common import JsonOption, layer_list, out, print_json
+from ..config import layer_list
+from .common import JsonOption, out, print_json
 
 EXAMPLES = """
 [bold]Examples[/bold]\n

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from ..config import layer_list
 from .common import (
     DEFAULT_MODEL,
     BankArgument,
@@ -15,7 +16,6 @@ from .common import (
     ModelOption,
     ThreadsOption,
     WeightsOption,
-    layer_list,
     load,
     out,
     print_json,
