@@ -35,6 +35,7 @@ def test_exponents_tell_a_bend():
 
 def test_points_stay_within_the_context():
     assert [s["context"] for s in curves.points("context", 4096)] == [256, 512, 1024, 2048, 4096]
+    assert [s["context"] for s in curves.points("context", 8000)][-2:] == [4096, 8000], "the longest there is"
     assert all(s["context"] == 1024 and s["memories"] == 5 for s in curves.points("batch"))
     assert [s["memories"] for s in curves.points("memories")] == list(curves.MEMORIES)
 

@@ -23,11 +23,13 @@ MOST_CACHE = 2 << 30  # bytes of key-values that a batch may hold
 
 
 def points(axis: str, longest: int = CONTEXTS[-1]) -> Iterator[dict[str, int]]:
-    """Shapes along an axis, within the model's context and the memory."""
+    """Shapes along an axis; the last context is the longest one that is possible, should that fall between two."""
     for x in AXES[axis]:
         shape = PLAIN | {axis: x}
         if shape["context"] <= longest:
             yield shape
+        elif shape["context"] < 2 * longest:
+            yield shape | {"context": longest}
 
 
 def ops(args, folder: Path, have: set, end: float) -> Iterator[dict[str, Any]]:
@@ -63,11 +65,14 @@ def decode_call(context: int, batch: int, memories: int):
 
 def engine(args, folder: Path, have: set, end: float) -> Iterator[dict[str, Any]]:
     """SmolLM2-135M: milliseconds of a decode step, and of one prompt token."""
-    from memory3 import load_model
+    from memory3 import PRESETS, load_model
 
     model = None
+    steps = args.runs + 1
+    memory, config = PRESETS["smollm2-135m"].memory, PRESETS["smollm2-135m"].model
+    longest = config.max_context - memory.span - memory.prefix_len - steps
     for axis in AXES:
-        for shape in points(axis):
+        for shape in points(axis, longest):
             if ("engine", f"SmolLM2-135M over {axis}", shape[axis]) in have or time.monotonic() > end:
                 continue
             model = model or load_model("smollm2-135m")
