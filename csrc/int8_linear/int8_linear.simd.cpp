@@ -59,13 +59,18 @@ void quantise(const T* x, int64_t cols, int64_t padded, uint8_t* out, float* sca
   }
 }
 
-// x (1 + erf(x / sqrt 2)) / 2. The complement of erf by Abramowitz and Stegun, 7.1.26: absolute error below 1.5e-7.
+// x (1 + erf(x / sqrt 2)) / 2 = x (1/2 + c p(c^2)), c being x cut off at +-5: p is a polynomial of erf(sqrt(u / 2)) / (2 sqrt u)
+// in v = 2 u / 25 - 1, by least squares on Chebyshev points and exact at the end. Absolute error below 3e-6.
 inline F32 gelu(F32 x) {
-  const F32 z = max(x, -x) * 0.70710678f;
-  const F32 t = 1.f / (1.f + z * 0.3275911f);
-  const F32 tail = ((((1.061405429f * t - 1.453152027f) * t + 1.421413741f) * t - 0.284496736f) * t + 0.254829592f) * t;
-  const F32 part = 0.5f * x * tail * exp(-(z * z));
-  return select(x > splat(0.f), x - part, part);
+  constexpr float kEnd = 5.f;
+  constexpr float kP[] = {0.141363785f,  -0.0702984333f, 0.05152338f,    -0.0403860398f, 0.0313772f,     -0.0236701816f,
+                          0.0168400537f, -0.0100326808f, 0.00520828739f, -0.00405052537f, 0.00315045868f, -0.00102529803f};
+  const F32 cut = max(-max(-x, splat(-kEnd)), splat(-kEnd));
+  const F32 v = cut * cut * (2.f / (kEnd * kEnd)) - 1.f;
+  F32 p = splat(kP[11]);
+#pragma GCC unroll 12
+  for (int i = 10; i >= 0; --i) p = p * v + kP[i];
+  return x * (0.5f + cut * p);
 }
 
 // Sums of one row and tile -> out, as far as the weight has rows.
