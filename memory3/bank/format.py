@@ -17,7 +17,6 @@ from __future__ import annotations
 import json
 import struct
 import sys
-import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -27,6 +26,7 @@ import torch
 from torch import Tensor
 
 from ..identity import Identity
+from .checksum import crc32
 from .errors import RecordCorrupt
 
 RECORD_VERSION = 1
@@ -183,11 +183,11 @@ def pack_record(
         bias_bytes = 2 * layout.pos_bytes
     crc = 0
     for part in parts:
-        crc = zlib.crc32(part, crc)
+        crc = crc32(part, crc)
     body = layout.kv_bytes + layout.pos_bytes + bias_bytes
     fields = (b"M3RC", RECORD_VERSION, flags, n_valid, n_tokens, crc, body, layout.kv_bytes)
     head = bytearray(_HEAD.pack(*fields, record_id, layout.pos_bytes, bias_bytes, 0, 0))
-    struct.pack_into("<I", head, 60, zlib.crc32(head[:60]))
+    struct.pack_into("<I", head, 60, crc32(head[:60]))
     return b"".join([head, *parts])
 
 
@@ -197,7 +197,7 @@ def read_head(record_id: bytes, value: memoryview | bytes, layout: Layout, *, ch
     if len(view) < HEAD_BYTES:
         raise RecordCorrupt(record_id, f"{len(view)} bytes stored, its head alone has {HEAD_BYTES}")
     magic, version, flags, n_valid, n_tokens, crc, body, kv, stored_id, pos, bias, _, head_crc = _HEAD.unpack_from(view)
-    if magic != b"M3RC" or zlib.crc32(view[:60]) != head_crc:
+    if magic != b"M3RC" or crc32(view[:60]) != head_crc:
         raise RecordCorrupt(record_id, "its head is damaged (magic or checksum)")
     if version != RECORD_VERSION:
         raise RecordCorrupt(record_id, f"it has record version {version}, this program reads {RECORD_VERSION}")
@@ -211,7 +211,7 @@ def read_head(record_id: bytes, value: memoryview | bytes, layout: Layout, *, ch
         raise RecordCorrupt(record_id, f"its head says n_valid {n_valid}, flags {flags:#x}")
     if len(view) != HEAD_BYTES + body:
         raise RecordCorrupt(record_id, f"{len(view)} bytes stored, its head says {HEAD_BYTES + body}")
-    if check and zlib.crc32(view[HEAD_BYTES:]) != crc:
+    if check and crc32(view[HEAD_BYTES:]) != crc:
         raise RecordCorrupt(record_id, "the checksum of its body is wrong")
     return Head(flags, n_valid, n_tokens, crc, body, kv, stored_id, pos, bias)
 
@@ -243,7 +243,7 @@ def pack_reference(reference: Reference) -> bytes:
     about = {k: v for k, v in (("title", reference.title), ("source", reference.source)) if v}
     extra = json.dumps(about).encode() if about else b""
     payload = struct.pack("<III", len(reference.token_ids), len(text), len(extra)) + tokens + text + extra
-    return b"M3RF" + struct.pack("<I", zlib.crc32(payload, zlib.crc32(reference.id))) + payload
+    return b"M3RF" + struct.pack("<I", crc32(payload, crc32(reference.id))) + payload
 
 
 def unpack_reference(record_id: bytes, value: memoryview | bytes) -> Reference:
@@ -252,7 +252,7 @@ def unpack_reference(record_id: bytes, value: memoryview | bytes) -> Reference:
     if len(view) < _REFERENCE.size:
         raise RecordCorrupt(record_id, f"its reference has {len(view)} bytes, at least {_REFERENCE.size} needed")
     magic, crc, n_tokens, n_text, n_extra = _REFERENCE.unpack_from(view)
-    if magic != b"M3RF" or zlib.crc32(view[8:], zlib.crc32(record_id)) != crc:
+    if magic != b"M3RF" or crc32(view[8:], crc32(record_id)) != crc:
         raise RecordCorrupt(record_id, "the checksum of its reference is wrong")
     start = _REFERENCE.size
     if len(view) != start + 4 * n_tokens + n_text + n_extra:
@@ -270,7 +270,7 @@ def unpack_reference(record_id: bytes, value: memoryview | bytes) -> Reference:
 def pack_embedding(record_id: bytes, vector: np.ndarray) -> bytes:
     """vector fp32 [E]."""
     data = np.ascontiguousarray(vector, dtype="<f4").tobytes()
-    return _EMBEDDING.pack(b"M3EM", zlib.crc32(data, zlib.crc32(record_id))) + data
+    return _EMBEDDING.pack(b"M3EM", crc32(data, crc32(record_id))) + data
 
 
 def unpack_embedding(record_id: bytes, value: memoryview | bytes, dim: int | None = None) -> np.ndarray:
@@ -279,7 +279,7 @@ def unpack_embedding(record_id: bytes, value: memoryview | bytes, dim: int | Non
     if len(view) < _EMBEDDING.size or (len(view) - _EMBEDDING.size) % 4:
         raise RecordCorrupt(record_id, f"its embedding has {len(view)} bytes")
     magic, crc = _EMBEDDING.unpack_from(view)
-    if magic != b"M3EM" or zlib.crc32(view[_EMBEDDING.size :], zlib.crc32(record_id)) != crc:
+    if magic != b"M3EM" or crc32(view[_EMBEDDING.size :], crc32(record_id)) != crc:
         raise RecordCorrupt(record_id, "the checksum of its embedding is wrong")
     vector = np.frombuffer(view, "<f4", -1, _EMBEDDING.size)
     if dim is not None and len(vector) != dim:

@@ -11,13 +11,14 @@ import json
 import os
 import struct
 import threading
-import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from .checksum import crc32
 
 KINDS = ("auto", "flat", "hnsw", "ivf")
 FLAT_UP_TO = 100_000
@@ -148,7 +149,7 @@ class VectorIndex:
             parts = [head, self._ids[: self._used].tobytes(), live.tobytes(), memoryview(body)]
         crc = 0
         for part in parts:
-            crc = zlib.crc32(part, crc)
+            crc = crc32(part, crc)
         temporary = folder / f".{INDEX_FILE}-{os.getpid()}-{threading.get_ident()}"
         try:
             with open(temporary, "wb") as file:
@@ -168,7 +169,7 @@ class VectorIndex:
         try:
             raw = (folder / INDEX_FILE).read_bytes()
             size, crc = struct.unpack_from("<II", raw, 4)
-            if raw[:4] != _MAGIC or zlib.crc32(memoryview(raw)[12:]) != crc:
+            if raw[:4] != _MAGIC or crc32(memoryview(raw)[12:]) != crc:
                 return False
             about = json.loads(raw[12 : 12 + size])
             count, at = int(about["count"]), 12 + size

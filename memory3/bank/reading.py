@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..memory import Memory
 from ..profiling import span
-from .ahead import announce
+from .ahead import announce, map_pages
 from .errors import ColdRecord, UnknownRecord
 from .format import (
     HEAD_BYTES,
@@ -125,6 +125,7 @@ def _each(
                     raise UnknownRecord(record_id, bank.path)
                 cold.append(record_id)
                 continue
+            map_pages(value)
             head = read_head(record_id, value, layout)
             place(n, rows[n], value, head)
             lengths[n] = head.n_valid

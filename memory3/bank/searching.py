@@ -23,13 +23,15 @@ class Searcher:
         self._bank, self.kind = bank, kind
         self._guard = threading.Lock()
         self._index: VectorIndex | None = None
+        self._seen = -1  # the bank's last transaction when the index was brought to its generation
         self._saved = -1
 
     def search(self, queries: Any, k: int) -> tuple[list[list[bytes]], list[list[float]]]:
         """See Bank.search."""
         if k < 0:
             raise ValueError(f"k must not be negative, got {k}")
-        count, dim = len(queries), self._bank.embedding_dim
+        count, index = len(queries), self._index
+        dim = self._bank.embedding_dim if index is None else index.dim
         if not count or dim is None:
             return [[] for _ in range(count)], [[] for _ in range(count)]
         rows = check_embeddings(queries, count)
@@ -40,6 +42,10 @@ class Searcher:
     def fresh(self, dim: int) -> VectorIndex:
         """The index, brought to the bank's generation."""
         with self._guard, self._bank.read() as txn:
+            if self._index is not None and txn.id() == self._seen:
+                return (
+                    self._index
+                )  # nothing was written since: state and log, which may be on the device, are left alone
             db = self._bank.env.db
             epoch, generation = bytes(txn.get(b"epoch", db=db("state"))).hex(), last_log(txn, db("log"))
             index = self._index
@@ -50,7 +56,7 @@ class Searcher:
             stale = index.epoch != epoch or index.generation != generation
             if stale and (index.epoch != epoch or not self._replay(txn, index, generation)):
                 index.build(*self._everything(txn, dim), epoch, generation)
-            self._index = index
+            self._index, self._seen = index, txn.id()
             return index
 
     def save(self) -> None:

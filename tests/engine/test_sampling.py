@@ -40,9 +40,10 @@ def test_filters_equal_the_definitions(logits, temperature, top_k, top_p):
     have = {i: float(p) for i, p in enumerate(got) if p > 0}
     if have.keys() == want.keys():
         assert all(have[i] == pytest.approx(want[i], rel=1e-4) for i in want)
-    else:  # only the token at the very edge of top_p may differ, by rounding
+    else:  # only the token at the very edge of top_p may differ, by rounding, or several that rounding hides
         smaller, larger = sorted((have, want), key=len)
-        assert set(smaller) < set(larger) and len(larger) - len(smaller) == 1
+        edge = [p for i, p in larger.items() if i not in smaller]
+        assert set(smaller) < set(larger) and (len(edge) == 1 or sum(edge) < 1e-6)
         edge = sum(sorted((p for p in larger.values()), reverse=True)[:-1])
         assert edge == pytest.approx(top_p, abs=1e-4)
 
