@@ -32,7 +32,7 @@ m3_status m3_int8_linear_cpu(const M3Int8LinearParams* p) {
   m3::parallel_for(p->count, kWorthQuantising / (rows.cols + 1) + 1,
                    [&](int64_t begin, int64_t end) { quantise(*p, rows, begin, end); });
   const auto multiply = M3_AT_LEVEL(int8_linear);
-  const int64_t each = m3::kUnitRows * m3::kUnitTiles * M3_INT8_ROWS * rows.cols;
+  const int64_t each = m3::unit_rows(*p) * m3::kUnitTiles * M3_INT8_ROWS * rows.cols;
   m3::parallel_for(m3::units(*p), kWorthMultiplying / (each + 1) + 1,
                    [&](int64_t begin, int64_t end) { multiply(*p, rows, begin, end); });
   return M3_OK;

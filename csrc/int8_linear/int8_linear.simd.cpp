@@ -200,12 +200,12 @@ void quantise_rows(const M3Int8LinearParams& p, const Int8Rows& to, int64_t begi
 }
 
 void int8_linear(const M3Int8LinearParams& p, const Int8Rows& x, int64_t begin, int64_t end) {
-  const int64_t groups = tile_groups(p), tiles = m3_int8_tiles(&p.weight);
+  const int64_t groups = tile_groups(p), tiles = m3_int8_tiles(&p.weight), rows = unit_rows(p);
   const auto least = [](int64_t a, int64_t b) { return a < b ? a : b; };
   with_dtype(p.out_dtype, [&](auto tag) {
     for (int64_t u = begin; u < end; ++u) {
-      const int64_t row = u / groups * kUnitRows, tile = u % groups * kUnitTiles;
-      unit<decltype(tag)>(p, x, row, least(row + kUnitRows, p.count), tile, least(tile + kUnitTiles, tiles));
+      const int64_t row = u / groups * rows, tile = u % groups * kUnitTiles;
+      unit<decltype(tag)>(p, x, row, least(row + rows, p.count), tile, least(tile + kUnitTiles, tiles));
     }
   });
 }

@@ -5,8 +5,9 @@
 
 namespace m3 {
 
-// A unit of work: so many rows of x times so many tiles. Both stay in a second-level cache while they are multiplied.
-constexpr int64_t kUnitRows = 64, kUnitTiles = 4;
+// A unit of work: at most so many rows of x times so many tiles. Both stay in a second-level cache while they are
+// multiplied.
+constexpr int64_t kUnitRows = 96, kUnitTiles = 4;
 
 // Rows of x, quantised.
 struct Int8Rows {
@@ -34,8 +35,11 @@ inline int64_t tile_groups(const M3Int8LinearParams& p) {
   return (m3_int8_tiles(&p.weight) + kUnitTiles - 1) / kUnitTiles;
 }
 
-inline int64_t units(const M3Int8LinearParams& p) {
-  return (p.count + kUnitRows - 1) / kUnitRows * tile_groups(p);
-}
+inline int64_t row_groups(const M3Int8LinearParams& p) { return (p.count + kUnitRows - 1) / kUnitRows; }
+
+// Rows of x are cut evenly: a last unit of one row would leave its thread idle.
+inline int64_t unit_rows(const M3Int8LinearParams& p) { return (p.count + row_groups(p) - 1) / row_groups(p); }
+
+inline int64_t units(const M3Int8LinearParams& p) { return row_groups(p) * tile_groups(p); }
 
 }  // namespace m3
