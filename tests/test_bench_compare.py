@@ -67,11 +67,11 @@ def test_small_changes_do_not_count():
 
 def test_as_many_looks_as_it_takes():
     quiet, noisy = (changes(200, 1.1, noise=0.01, process=process) for process in (0.003, 0.04))
-    assert [change.looks for change in quiet].count(4) >= 198, "the first one and three more"
+    assert [change.looks for change in quiet].count(6) >= 198, "the short ones and five more"
     seen = [change.looks for change in noisy]
-    assert 4.3 < sum(seen) / len(seen) < 8 and max(seen) <= 13
+    assert 6.5 < sum(seen) / len(seen) < 12 and max(seen) <= 21
     unclear = changes(100, 1.05, noise=0.01, process=0.002)
-    assert max(change.looks for change in unclear if not change.loss) == 13, "used up, and not a loss"
+    assert max(change.looks for change in unclear if not change.loss) == 21, "used up, and not a loss"
 
 
 def test_only_what_looks_slower_is_measured_again():
@@ -89,12 +89,12 @@ def test_only_what_looks_slower_is_measured_again():
         started.append({name: Both(name) for name in ("base", "again", "head")})
         return started[-1]
 
-    fast, slow = gate.compare(["fast", "slow"], fresh, Limits(rounds=5))
-    assert slow.loss and slow.looks == 4 == len(started) and 1.15 < slow.ratio < 1.25
+    fast, slow = gate.compare(["fast", "slow"], fresh, Limits(rounds=6))
+    assert slow.loss and slow.looks == 6 and len(started) == 8 and 1.15 < slow.ratio < 1.25
     assert slow.low < slow.ratio < slow.high and slow.noise < 0.05
     assert fast.faster and not fast.loss and fast.looks == 1
     asked = [[side["head"].made[case].asked for side in started] for case in ("slow", "fast")]
-    assert asked == [[6, 6, 6, 6], [6, 0, 0, 0]], "five rounds and one that is not counted"
+    assert asked == [[3] * 3 + [7] * 5, [3] * 3 + [0] * 5], "two or six rounds and one that is not counted"
 
 
 def test_every_side_is_measured_alike():
@@ -109,21 +109,24 @@ def looks(changes, noise=0.0):
 
 def test_standard_error():
     """By hand: what looks differ by, and base's own noise, which counts as much without it."""
-    mean, error = gate.mean_change(looks([0.08, 0.10, 0.12]))
-    assert mean == pytest.approx(0.10) and error == pytest.approx((1.5 * (0.0008 / 1.5 / 5) / 3) ** 0.5)
-    assert gate.mean_change(looks([0.1] * 3, 0.04))[1] == pytest.approx((1.5 * (3 * 0.0016 / 2 / 5) / 3) ** 0.5)
-    assert gate.mean_change(looks([0.1] * 3))[1] == pytest.approx(0.005 * 0.5**0.5), "luck does not make sure"
+    median, error = gate.median_change(looks([0.08, 0.10, 0.12, 0.5]))
+    process = 1.4826 * 0.01 / 1.5**0.5 / 2 * 1.25  # of 0, 0, 0, 0, .01, .01, .03, .39 from the median, 0.11
+    assert median == pytest.approx(0.11) and error == pytest.approx(1.2533 * (1.5 / 4) ** 0.5 * process)
+    process = 1.4826 * (0.04 / 2**0.5) / 2 * 1.2  # of five times 0 and five times 0.04
+    assert gate.median_change(looks([0.1] * 5, 0.04))[1] == pytest.approx(1.2533 * 0.3**0.5 * process)
+    assert gate.median_change(looks([0.1] * 5))[1] == pytest.approx(1.2533 * 0.3**0.5 * 0.005), "luck does not help"
 
 
 def test_decision():
     def of(*changes, noise=0.0):
         return gate.is_loss(looks(changes, noise), Limits())
 
-    assert of(0.1) is None and of(0.1, 0.1) is None and of(0.1, 0.1, 0.1) is True
+    assert of(0.1) is None and of(*[0.1] * 4) is None and of(*[0.1] * 5) is True
     assert of(0.0) is None and of(0.0, 0.0) is False, "clear after two"
-    assert of(0.1, 0.1, 0.1, noise=0.08) is None, "not beyond what base differs from itself by"
-    assert of(*[0.048] * 11) is None and of(*[0.048] * 12) is False
-    assert of(*[0.1] * 12, noise=0.2) is False, "never sure"
+    assert of(*[0.1] * 4, 0.9) is True and of(*[0.1] * 4, -0.5) is True, "one unlucky process"
+    assert of(*[0.1] * 5, noise=0.08) is None, "not beyond what base differs from itself by"
+    assert of(*[0.048] * 19) is None and of(*[0.048] * 20) is False
+    assert of(*[0.1] * 20, noise=0.3) is False, "never sure"
 
 
 def test_markdown():

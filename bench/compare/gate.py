@@ -4,11 +4,12 @@ A look at a case: per round every side is timed once, another first each time. I
 over the geometric mean of base's two, its noise that of base's one time over the other; both as logarithms.
 
 Rounds cannot average out what lasts as long as a process (addresses and pages, and time with them): each look is one
-measurement, and the next one has fresh processes. The first look only selects what may be slower, and since it selects
-by being high it does not count. Then looks are added until the mean change is a loss (`relative` or more, and so many
-standard errors from 0 that none of many cases gets there by chance), or hardly can be one, or they are used up. The
-standard error takes what processes differ by from both the changes and base's noise, which is there without any
-change: the two together know it well after three looks, and noise hides losses rather than inventing them.
+measurement, and the next one has fresh processes. Some processes are unlucky, by ten or fifty per cent: hence medians
+of looks, and of how far they lie apart. First come three short looks, which only select what may be slower, and since
+they select by being high they do not count. Then looks are added until their median is a loss (`relative` or more, and
+so many standard errors from 0 that none of many cases gets there by chance), or hardly can be one, or they are used up.
+The standard error takes what processes differ by from both the changes and base's noise, which is there without any
+change: the two together know it well after five looks, and noise hides losses rather than inventing them.
 """
 
 from __future__ import annotations
@@ -22,20 +23,22 @@ from ..timing import interleave, median_interval
 from .sides import Side
 
 SURE, CLEAR = 4.0, 2.0  # standard errors: of a loss from no change, of what is given up from a loss
-LEAST_LOOKS, LEAST_TO_GIVE_UP = 3, 2
+SHORT_LOOKS, LEAST_LOOKS, LEAST_TO_GIVE_UP = 3, 5, 2
 LEAST_NOISE = 0.005  # looks that agree by luck do not make sure
 SHARE = 1.5  # variance of a change in that of a process: one over the mean of two. (Of a noise: 2)
+DEVIATION = 1.4826  # standard deviation of a normal distribution in median deviations
+OF_A_MEDIAN = 1.2533  # standard error of a median in that of a mean
 
 
 @dataclass(frozen=True)
 class Limits:
-    """relative and absolute_s: smallest change that matters; rounds of each look; looks: most of them at a case that
-    may be slower, the first one not counted."""
+    """relative and absolute_s: smallest change that matters; rounds of a look; looks: most of them at a case that may
+    be slower, the short ones not counted."""
 
     relative: float = 0.05
     absolute_s: float = 0.2e-6
     rounds: int = 9
-    looks: int = 12
+    looks: int = 20
 
     def matter(self, base_s: float, head_s: float) -> bool:
         return abs(head_s - base_s) >= self.absolute_s
@@ -68,11 +71,11 @@ class Change:
     base_s: float
     head_s: float
     ratio: float
-    low: float  # interval of the ratio: of the first look's median, or two standard errors of the mean of more
+    low: float  # interval of the ratio: of the rounds' median, or two standard errors of that of looks
     high: float
-    noise: float  # base against itself: how far the ratio is from 1, in the root mean square of looks
+    noise: float  # base against itself: how far the ratio is from 1, in the median of looks
     faster: bool
-    looks: int = 1
+    looks: int = 1  # the short ones are one
     loss: bool = False
 
 
@@ -86,22 +89,23 @@ def look(case: str, sides: Mapping[str, Side], rounds: int) -> Look:
     return Look(statistics.median(both), statistics.median(head), changes, noise)
 
 
-def mean_change(looks: Sequence[Look]) -> tuple[float, float]:
-    """The mean change of two looks or more, and its standard error."""
-    mean, count = statistics.fmean(one.change for one in looks), len(looks)
-    squares = sum((one.change - mean) ** 2 / SHARE + one.noise**2 / 2 for one in looks)
-    variance = max(squares / (2 * count - 1), LEAST_NOISE**2)
-    return mean, math.sqrt(SHARE * variance / count)
+def median_change(looks: Sequence[Look]) -> tuple[float, float]:
+    """The median change of two looks or more, and its standard error."""
+    median, count = statistics.median(one.change for one in looks), len(looks)
+    apart = [abs(one.change - median) / math.sqrt(SHARE) for one in looks]
+    apart += [abs(one.noise) / math.sqrt(2) for one in looks]
+    process = DEVIATION * statistics.median(apart) * (1 + 1 / count)  # few looks lie too near to their own median
+    return median, OF_A_MEDIAN * math.sqrt(SHARE / count) * max(process, LEAST_NOISE)
 
 
 def is_loss(looks: Sequence[Look], limits: Limits) -> bool | None:
-    """Whether the looks after the first one show a loss. None: another look has to tell."""
+    """Whether the looks after the short ones show a loss. None: another look has to tell."""
     if len(looks) < LEAST_TO_GIVE_UP:
         return None
-    mean, error = mean_change(looks)
-    if mean + CLEAR * error < limits.least:
+    median, error = median_change(looks)
+    if median + CLEAR * error < limits.least:
         return False
-    sure = mean >= limits.least and mean >= SURE * error and limits.matter(*seconds(looks))
+    sure = median >= limits.least and median >= SURE * error and limits.matter(*seconds(looks))
     if len(looks) >= LEAST_LOOKS and sure:
         return True
     return False if len(looks) >= limits.looks else None
@@ -118,8 +122,12 @@ def compare(
     progress: Callable[[Look], Look] = lambda look: look,
 ) -> list[Change]:
     """One Change per case. `fresh` starts new sides for each look; all cases that are still open share them."""
-    sides = fresh()
-    first = {case: progress(look(case, sides, limits.rounds)) for case in cases}
+    first: dict[str, list[Look]] = {case: [] for case in cases}
+    for number in range(SHORT_LOOKS):
+        sides = fresh()
+        for case in cases:
+            seen = look(case, sides, max(1, limits.rounds // SHORT_LOOKS))
+            first[case].append(progress(seen) if number + 1 == SHORT_LOOKS else seen)
     again: dict[str, list[Look]] = {case: [] for case in cases}
     loss: dict[str, bool | None] = {case: None if slower(first[case], limits) else False for case in cases}
     while still := [case for case in cases if loss[case] is None]:
@@ -130,20 +138,22 @@ def compare(
     return [said(case, first[case], again[case], bool(loss[case]), limits) for case in cases]
 
 
-def slower(first: Look, limits: Limits) -> bool:
+def slower(first: Sequence[Look], limits: Limits) -> bool:
     """Whether to look again: half the smallest loss, as the other half may be noise."""
-    return limits.matter(first.base_s, first.head_s) and first.change >= math.log1p(limits.relative / 2)
+    change = statistics.median(one.change for one in first)
+    return limits.matter(*seconds(first)) and change >= math.log1p(limits.relative / 2)
 
 
-def said(case: str, first: Look, again: Sequence[Look], loss: bool, limits: Limits) -> Change:
-    looks = again or [first]
+def said(case: str, first: Sequence[Look], again: Sequence[Look], loss: bool, limits: Limits) -> Change:
+    looks = again or first
     base_s, head_s = seconds(looks)
-    noise = math.expm1(math.sqrt(statistics.fmean(one.noise**2 for one in looks)))
+    noise = math.expm1(statistics.median(abs(one.noise) for one in looks))
     if again:
-        change, error = mean_change(again)
+        change, error = median_change(again)
         low, high = change - 2 * error, change + 2 * error
     else:
-        change, (low, high) = first.change, median_interval(first.changes)
+        change = statistics.median(one.change for one in first)
+        low, high = median_interval([c for one in first for c in one.changes])
     faster = limits.matter(base_s, head_s) and change <= -limits.least and high < -math.log1p(noise)
     return Change(
         case, base_s, head_s, math.exp(change), math.exp(low), math.exp(high), noise, faster, 1 + len(again), loss
