@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,7 +28,11 @@ def document(
 
 
 def write_json(path: str | Path, report: dict[str, Any]) -> None:
-    Path(path).write_text(json.dumps(report, indent=1, sort_keys=False) + "\n", encoding="utf-8")
+    """Whole or not at all: long measurements go on with what an interrupted one left."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}-{os.getpid()}")
+    temporary.write_text(json.dumps(report, indent=1, sort_keys=False) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
 
 
 def show_table(
