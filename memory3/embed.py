@@ -220,9 +220,10 @@ class _Bert:
             return plain
         # Every row begins a record as long as the longest text, of which as much is read as belongs to the row's text;
         # that text lies last, so that none reaches beyond the end.
-        begin = F.pad(torch.tensor(lengths).cumsum(0), (1, 0)).int()
-        longest, length = max(lengths), torch.zeros(sum(lengths), dtype=torch.int32)
-        length[begin[:-1].long()] = torch.tensor(lengths, dtype=torch.int32)
+        counts, longest = torch.tensor(lengths), max(lengths)
+        begin = F.pad(counts.cumsum(0), (1, 0)).int()
+        length = torch.zeros(sum(lengths), dtype=torch.int32)
+        length[begin[:-1].long()] = counts.int()
         length, slot, no_context = length[: len(length) - longest + 1], begin[:-1, None], torch.zeros_like(begin)
 
         def native(qkv: Tensor) -> Tensor:

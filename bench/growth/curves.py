@@ -68,9 +68,8 @@ def engine(args, folder: Path, have: set, end: float) -> Iterator[dict[str, Any]
     from memory3 import PRESETS, load_model
 
     model = None
-    steps = args.runs + 1
-    memory, config = PRESETS["smollm2-135m"].memory, PRESETS["smollm2-135m"].model
-    longest = config.max_context - memory.span - memory.prefix_len - steps
+    preset = PRESETS["smollm2-135m"]
+    longest = longest_context(preset.memory, preset.model, args.runs)
     for axis in AXES:
         for shape in points(axis, longest):
             if ("engine", f"SmolLM2-135M over {axis}", shape[axis]) in have or time.monotonic() > end:
@@ -83,6 +82,11 @@ def engine(args, folder: Path, have: set, end: float) -> Iterator[dict[str, Any]
                 }  # fmt: skip
 
 
+def longest_context(memory, config, runs: int) -> int:
+    """That leaves positions for memories and the steps that are timed."""
+    return config.max_context - memory.span - memory.prefix_len - (runs + 1)
+
+
 def model_values(model, runs: int, context: int, batch: int, memories: int) -> dict[str, float] | None:
     """None where the context or the batch does not fit. The cache is filled with the keys of one prompt."""
     from memory3.memory import MemoryRead
@@ -91,7 +95,7 @@ def model_values(model, runs: int, context: int, batch: int, memories: int) -> d
     steps, prefix = runs + 1, memory.prefix_len
     rows = prefix + context + steps
     row = 2 * config.n_layers * config.n_kv_heads * config.head_dim * model.dtype.itemsize
-    if rows > config.max_context - memory.span or batch * rows * row > MOST_CACHE:
+    if context > longest_context(memory, config, runs) or batch * rows * row > MOST_CACHE:
         return None
     make = torch.Generator().manual_seed(7)
     tokens = torch.randint(10, config.vocab_size, (context,), generator=make)

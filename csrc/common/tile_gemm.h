@@ -1,5 +1,5 @@
-// Products of bf16 operands, or bytes, on tile registers (AMX), for `*.simd.cpp` files: a tile holds 16 rows of 64 bytes, one
-// instruction multiplies two of them, 16 rows of A times 16 columns of B over 16 pairs, 16 times what vdpbf16ps does in
+// Products of bf16 operands, or bytes, on tile registers (AMX), for `*.simd.cpp` files: a tile holds 16 rows of 64 bytes,
+// one instruction multiplies two of them, 16 rows of A times 16 columns of B over 16 pairs, 16 times what vdpbf16ps does in
 // the same time. Operands are those of common/pair_tile.h. Semantics: Intel 64 and IA-32 Architectures Software
 // Developer's Manual, volume 2, TDPBF16PS: exact products, fp32 sums, denormals count as zeros.
 #pragma once

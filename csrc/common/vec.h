@@ -1,7 +1,7 @@
 // Portable SIMD for `*.simd.cpp` files: one kernel source, compiled once per level. A vector holds kLanes floats:
 // 4 at `none` (SSE2 or NEON), 8 at `avx2`, 16 at `avx512`, `avx512bf16` (which adds dot products of bf16 pairs) and
-// `amx` (which adds tiles of them, and of bytes, common/tile_gemm.h). GCC/Clang vector extensions give + - * / and comparisons; this
-// header adds what they lack: conversions, reductions, exp.
+// `amx` (which adds tiles of them, and of bytes, common/tile_gemm.h). GCC/Clang vector extensions give + - * / and
+// comparisons; this header adds what they lack: conversions, reductions, exp.
 //
 // Only <immintrin.h> and plain C headers may be included beside this file in a `*.simd.cpp` (no std templates: a wide
 // instantiation of an inline function could replace the baseline one at link time). Everything is level-local.

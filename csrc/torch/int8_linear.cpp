@@ -1,8 +1,6 @@
 #include "m3/int8_linear.h"
 
-#include <vector>
-
-#include "torch/tensor_args.h"
+#include "torch/linear_args.h"
 
 namespace m3::binding {
 namespace {
@@ -10,21 +8,15 @@ namespace {
 Tensor int8_linear(const Tensor& x, const Tensor& weight, int64_t rows, bool gelu, ScalarType out_dtype) {
   M3Int8LinearParams p{};
   p.out_dtype = output_type(out_dtype, "out_dtype");
-  STD_TORCH_CHECK(x.dim() > 0, "x: expected [..., cols], got a number");
+  const int64_t cols = columns_of(x);
   p.x_dtype = element_type(x, "x");
-  const int64_t cols = x.size(x.dim() - 1);
   STD_TORCH_CHECK(rows >= 0, "rows: expected 0 or more, got ", rows);
   p.weight.rows = rows, p.weight.cols = cols;
   expect_type(weight, "weight", ScalarType::Byte);
   const int64_t tiles = m3_int8_tiles(&p.weight), bytes = m3_int8_tile_bytes(&p.weight);
-  STD_TORCH_CHECK(weight.dim() == 2 && weight.size(0) == tiles && weight.size(1) == bytes, "weight: expected shape [",
-                  tiles, ", ", bytes, "] for ", rows, " rows of ", cols, ", got ", shape_of(weight));
+  expect_tiles(weight, tiles, bytes, rows, cols);
   const Tensor packed = as_contiguous(weight), rows_of_x = as_contiguous(x);
-  std::vector<int64_t> shape;
-  p.count = 1;
-  for (int64_t d = 0; d + 1 < x.dim(); ++d) shape.push_back(x.size(d)), p.count *= x.size(d);
-  shape.push_back(rows);
-  Tensor out = empty_cpu(shape, out_dtype);
+  Tensor out = empty_cpu(result_shape(x, rows, &p.count), out_dtype);
   p.weight.data = packed.const_data_ptr<uint8_t>();
   p.x = rows_of_x.const_data_ptr();
   p.out = out.mutable_data_ptr();

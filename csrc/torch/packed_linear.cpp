@@ -1,8 +1,6 @@
 #include "m3/packed_linear.h"
 
-#include <vector>
-
-#include "torch/tensor_args.h"
+#include "torch/linear_args.h"
 
 namespace m3::binding {
 namespace {
@@ -18,22 +16,16 @@ Tensor packed_linear(const Tensor& x, const Tensor& weight, std::string format, 
   M3PackedLinearParams p{};
   p.weight.format = format_by_name(format);
   p.out_dtype = output_type(out_dtype, "out_dtype");
-  STD_TORCH_CHECK(x.dim() > 0, "x: expected [..., cols], got a number");
+  const int64_t cols = columns_of(x);
   const m3_dtype type = element_type(x, "x");
-  const int64_t cols = x.size(x.dim() - 1);
   STD_TORCH_CHECK(cols % M3_PACKED_COLS == 0, "x: expected a multiple of ", M3_PACKED_COLS, " columns, got ", cols);
   STD_TORCH_CHECK(rows >= 0, "rows: expected 0 or more, got ", rows);
   p.weight.rows = rows, p.weight.cols = cols;
   expect_type(weight, "weight", ScalarType::Byte);
   const int64_t tiles = m3_packed_tiles(&p.weight), bytes = m3_packed_tile_bytes(&p.weight);
-  STD_TORCH_CHECK(weight.dim() == 2 && weight.size(0) == tiles && weight.size(1) == bytes, "weight: expected shape [",
-                  tiles, ", ", bytes, "] for ", rows, " rows of ", cols, " in ", format, ", got ", shape_of(weight));
+  expect_tiles(weight, tiles, bytes, rows, cols, " in " + format);
   const Tensor packed = as_contiguous(weight), rows_of_x = as_contiguous(x);
-  std::vector<int64_t> shape;
-  p.count = 1;
-  for (int64_t d = 0; d + 1 < x.dim(); ++d) shape.push_back(x.size(d)), p.count *= x.size(d);
-  shape.push_back(rows);
-  Tensor out = empty_cpu(shape, out_dtype);
+  Tensor out = empty_cpu(result_shape(x, rows, &p.count), out_dtype);
   p.weight.data = packed.const_data_ptr<uint8_t>();
   p.out = out.mutable_data_ptr();
   p.x_stride = cols, p.out_stride = rows;

@@ -11,26 +11,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .._registry import BadCase, Case, Cost, Op, register
+from .._registry import BadCase, Case, Op, register
 from ..int8 import MOST_COLS, Int8Weight, dequantise_weight, quantise_weight, tile_bytes
-from ..packed import TILE
+from ._linear_args import check_weight, columns, cost
 
 SCHEMA = "(Tensor x, Tensor weight, *, int rows, bool gelu, ScalarType out_dtype) -> Tensor"
-OUT = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def _check(x: Tensor, weight: Tensor, rows: int, out_dtype: torch.dtype) -> int:
-    torch._check(x.dim() > 0, lambda: "x: expected [..., cols], got a number")
-    cols = x.shape[-1]
+    cols = columns(x)
     torch._check(cols <= MOST_COLS, lambda: f"x: expected at most {MOST_COLS} columns, got {cols}")
-    torch._check(weight.dtype is torch.uint8, lambda: f"weight: expected uint8 (Byte), got {weight.dtype}")
-    torch._check(rows >= 0, lambda: f"rows: expected 0 or more, got {rows}")
-    want = (-(-rows // TILE), tile_bytes(cols))
-    torch._check(
-        weight.dim() == 2 and weight.shape[0] == want[0] and weight.shape[1] == want[1],
-        lambda: f"weight: expected shape {list(want)} for {rows} rows of {cols}, got {list(weight.shape)}",
-    )
-    torch._check(out_dtype in OUT, lambda: f"out_dtype: expected float32, bfloat16 or float16, got {out_dtype}")
+    check_weight(weight, rows, cols, tile_bytes(cols), out_dtype)
     return cols
 
 
@@ -109,11 +100,6 @@ def bad_cases():
     yield BadCase("cols", broken(torch.ones(2, 65)), r"weight: expected shape \[2, 2240\] for 20 rows of 65, got")
     yield BadCase("weight-dtype", broken(weight=torch.zeros(2, 1216)), "weight: expected .*(uint8|Byte)")
     yield BadCase("out-dtype", broken(out_dtype=torch.int32), "out_dtype: expected float32, bfloat16 or float16, got")
-
-
-def cost(x: Tensor, weight: Tensor, *, rows: int, gelu: bool, out_dtype: torch.dtype) -> Cost:
-    count = x.numel() // x.shape[-1] if x.shape[-1] else 0
-    return Cost(x.nbytes + weight.nbytes + count * rows * out_dtype.itemsize, 2 * x.numel() * rows)
 
 
 OP = register(
