@@ -55,7 +55,8 @@ class TrainConfig:
     own_refs     references that an sft question brings itself; the rest are borrowed from those of the `borrow`
                  questions around it
     lr           highest learning rate; schedule, warmup_steps, decay, floor: as schedule.rate takes them
-    eval_items   held-out sequences or questions in an evaluation; eval_reads: how questions are evaluated
+    eval_items   held-out sequences or questions in an evaluation; eval_reads: what questions read there (default:
+                 nothing, and what the run reads)
     precision    "bf16": autocast over fp32 weights (frozen weights are kept in bf16); "fp32"
     """
 
@@ -94,7 +95,7 @@ class TrainConfig:
     log_every: int = 10
     eval_every: int = 200
     eval_items: int = 64
-    eval_reads: tuple[str, ...] = ("none", "memory")
+    eval_reads: tuple[str, ...] = ()
     save_minutes: float = 5.0
     keep: int = 2
 
@@ -137,12 +138,17 @@ class TrainConfig:
         for name in ("drop_memory", "drop_gold", "drop_found", "quantised", "plain"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}: expected a share, 0 to 1, got {getattr(self, name)}")
-        if (self.quantised or "quantised" in self.eval_reads) and self.codec is None:
+        if (self.quantised or "quantised" in self.evaluated) and self.codec is None:
             raise ValueError("codec: expected a file of codebooks for quantised memories, got none")
         if self.plain_loss == "base" and self.plain and self.lora is None:
             raise ValueError('plain_loss: "base" needs the base weights beside the trained ones; train with lora')
         if self.lr <= 0 or self.clip <= 0:
             raise ValueError(f"lr, clip: expected positive numbers, got {self.lr} and {self.clip}")
+
+    @property
+    def evaluated(self) -> tuple[str, ...]:
+        """What questions read in an evaluation."""
+        return self.eval_reads or tuple(dict.fromkeys(("none", self.read)))
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=1, sort_keys=True)

@@ -28,6 +28,7 @@ from .lora import add_lora
 from .objective import Load, Objective
 from .parallel import World
 from .prepared import PLAIN_LENGTH, Prepared, collect
+from .progress import left
 from .qa import Item, QuestionSource, Reader, Retriever, ask_about
 from .resident import Resident, Through
 from .text import ChunkedSource, TextSource, cut_sequences, retrieve_for_chunks, token_stream
@@ -153,9 +154,10 @@ def from_prepared(
     prepared.check(model.tokenizer, model.memory)
     net = model.net.to(world.device)
     resident = None
-    if config.write == "frozen" and (config.read == "memory" or "memory" in config.eval_reads):
-        notify(f"writing {len(prepared.references)} memories")
-        resident = Resident.write(net, prepared.references, _through(config))
+    if config.write == "frozen" and (config.read == "memory" or "memory" in config.evaluated):
+        count = len(prepared.references)
+        notify(f"writing {count} memories")
+        resident = Resident.write(net, prepared.references, _through(config), left(notify, "memories", count))
     net = add_lora(net, config.lora) if config.lora is not None else net.requires_grad_(True)
     objective = Objective(net, tokens=prepared.references.__getitem__, resident=resident)
     reader = Reader(model.memory, prepared.references.__getitem__)
@@ -277,12 +279,12 @@ def _evaluation(
     plain: np.ndarray,
     coded: int | None,
 ) -> Evaluate:
-    """Loss of held-out questions, by what config.eval_reads says they read, and of held-out plain text."""
+    """Loss of held-out questions, by what config.evaluated says they read, and of held-out plain text."""
     if not dev:
         raise ValueError("bank: none of its titles falls into the dev split; give a larger one")
     refs, rng = reader.memory.refs, random.Random(f"evaluation {config.seed}")
     drawn = [rng.sample(records, min(refs, len(records))) for _ in dev]
-    if "plain" in config.eval_reads and not len(plain):
+    if "plain" in config.evaluated and not len(plain):
         raise ValueError("eval_reads: plain text is evaluated where there are texts of the dev split; give texts")
 
     def samples(read: str) -> list[Sample]:
@@ -296,7 +298,7 @@ def _evaluation(
             return [reader.sample(item, "memory", [r + coded for r in item.found[:refs]]) for item in dev]
         return [reader.sample(item, read, item.found[:refs]) for item in dev]
 
-    made = {read: samples(read) for read in config.eval_reads}
+    made = {read: samples(read) for read in config.evaluated}
 
     def evaluate(net: Llama) -> dict[str, float]:
         return {read: mean_loss(objective, part, config.micro_batch) for read, part in made.items()}

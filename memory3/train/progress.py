@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -54,6 +54,20 @@ class Progress:
         """After an evaluation."""
         if self._bar is not None:
             self._bar.console.print(f"step {step}  " + "  ".join(f"{k} {v:.4f}" for k, v in found.items()))
+
+
+def left(say: Callable[[str], None], what: str, total: int) -> Callable[[int], None]:
+    """For work without a bar: told how many are done, it says now and then how many and how long the rest takes."""
+    began = last = time.monotonic()
+
+    def done(count: int) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if now - last > LINE_SECONDS:
+            last = now
+            say(f"{count} of {total} {what}, {_time((now - began) / count * (total - count))} left")
+
+    return done
 
 
 def _time(seconds: float) -> str:

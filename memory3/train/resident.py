@@ -28,19 +28,31 @@ class Resident:
 
     @classmethod
     @torch.no_grad()
-    def write(cls, net: Llama, references: Sequence[Sequence[int]], codec: Through | None = None) -> Resident:
-        """References as token lists, without the prefix; tokens beyond the span are cut off."""
+    def write(
+        cls,
+        net: Llama,
+        references: Sequence[Sequence[int]],
+        codec: Through | None = None,
+        progress: Callable[[int], None] = lambda done: None,
+    ) -> Resident:
+        """References as token lists, without the prefix; tokens beyond the span are cut off.
+
+        progress: told after every batch how many are written.
+        """
         memory, device = net.memory, net.embed.device
         cut = [list(r[: memory.span]) for r in references]
         prefix = net.encode_prefix(memory.prefix_ids, memory.span)
         planes = 1 if codec is None else 2
         kv = torch.empty((planes * len(cut), *memory.record_shape(net.config)), dtype=net.dtype, device=device)
         order = sorted(range(len(cut)), key=lambda i: len(cut[i]))
+        done = 0
         for part in by_length(order, cut, rows_at_once(device)):
             written, _ = encode_references(net, memory, prefix, [cut[i] for i in part])
             at = torch.tensor(part, device=device)
             kv[at] = written
             if codec is not None:
                 kv[at + len(cut)] = codec(written)
+            done += len(part)
+            progress(done)
         length = torch.tensor([min(memory.tokens, len(r)) for r in cut] * planes, dtype=torch.int32, device=device)
         return cls(kv, length, None if codec is None else len(cut))

@@ -104,3 +104,12 @@ def test_what_is_not_installed_is_named(tmp_path, monkeypatch):
     monkeypatch.undo()
     with pytest.raises(ValueError, match="no loss"):
         plot(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("read", "evaluated"), [("memory", ("none", "memory")), ("text", ("none", "text")), ("none", ("none",))]
+)
+def test_an_evaluation_reads_what_the_run_reads(read, evaluated):
+    config = TrainConfig(model="smollm2-135m", read=read)
+    assert TrainConfig.from_json(config.to_json()).evaluated == evaluated
+    assert TrainConfig(model="smollm2-135m", read=read, eval_reads=("memory",)).evaluated == ("memory",)

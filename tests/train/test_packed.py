@@ -94,7 +94,9 @@ def test_resident_memories_are_what_a_bank_gives():
     net = tiny()
     references = [reference_tokens(bytes([i])) for i in range(4)]
     halved = Resident.write(net, references, lambda kv: kv / 2)
-    resident = Resident.write(net, references)
+    done: list[int] = []
+    resident = Resident.write(net, references, progress=done.append)
+    assert done[-1] == 4 and done == sorted(done)
     assert resident.coded is None and halved.coded == 4 and halved.kv.shape[0] == 8
     torch.testing.assert_close(halved.kv[4:], halved.kv[:4] / 2)
     samples = memory_samples()
