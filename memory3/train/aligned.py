@@ -5,9 +5,12 @@ What `memory3.write` does for any references, in a third of the launches: a smal
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
+from pathlib import Path
 
 import torch
+from safetensors.torch import load_model, save_model
 from torch import Tensor
 
 from memory3_kernels import gather_memory, memory_attention, select_tokens
@@ -42,7 +45,10 @@ class AlignedObjective(Objective):
         return replace(packed, reads=torch.tensor(references, dtype=torch.int64).view(-1, self._length))
 
     def _memories(self, reads: Tensor) -> tuple[Tensor, Tensor]:
-        net, memory, (count, length) = self.net, self.net.memory, reads.shape
+        return self._write(self.net, reads)
+
+    def _write(self, net: Llama, reads: Tensor) -> tuple[Tensor, Tensor]:
+        memory, (count, length) = net.memory, reads.shape
         key = (count, reads.device)
         if key not in self._constant:
             ends = torch.arange(count + 1, dtype=torch.int32, device=reads.device) * length
@@ -73,3 +79,32 @@ class AlignedObjective(Objective):
             )  # fmt: skip
             x = block.finish(x, out)
         return torch.stack(layers, dim=1), kept
+
+
+class FrozenAligned(AlignedObjective):
+    """The same with memories written by the weights as they were when the first was read in training.
+
+    file   where those weights are kept, for a run that is resumed
+    """
+
+    def __init__(self, net: Llama, tokens: Tokens, length: int, targets: range | None = None, *, file: Path) -> None:
+        super().__init__(net, tokens, length, targets)
+        self._file, self._writer = file, None
+
+    def _memories(self, reads: Tensor) -> tuple[Tensor, Tensor]:
+        if self._writer is None and len(reads) and (self.net.training or self._file.is_file()):
+            self._freeze()
+        if self._writer is None:  # an evaluation before any memory is read
+            return super()._memories(reads)
+        with torch.no_grad():
+            return self._write(self._writer[0], reads)
+
+    def _freeze(self) -> None:
+        writer = copy.deepcopy(self.net).requires_grad_(False)
+        if self._file.is_file():
+            load_model(writer, self._file)
+        else:
+            partial = self._file.with_name(f".{self._file.name}.partial")
+            save_model(writer, str(partial))
+            partial.replace(self._file)
+        self._writer = (writer,)  # in a tuple: no part of this module

@@ -4,11 +4,11 @@
 
 Runs of one small model see the same number of steps of the same statements: closed book, references as text, memory
 from the first step, and memory after a third of the steps without it, which were closed book or with references as text
-(Memory3, arXiv 2407.01178, figure 11: only a warmup on text is said to make memory help); and memory from the first
-step that keeps all tokens of a reference. Most people of the training text are strangers met once, whose facts can only
-be read. The people the runs are evaluated on are in no training text. A second evaluation asks closed book about known
-people: those who could be read about at every meeting, and those who never could. Does knowledge leave the weights when
-it can be read?
+(Memory3, arXiv 2407.01178, figure 11: only a warmup on text is said to make memory help), or whose weights at its end
+go on writing while reading is learned; and memory from the first step that keeps all tokens of a reference. Most people
+of the training text are strangers met once, whose facts can only be read. The people the runs are evaluated on are in
+no training text. A second evaluation asks closed book about known people: those who could be read about at every
+meeting, and those who never could. Does knowledge leave the weights when it can be read?
 """
 
 from __future__ import annotations
@@ -19,13 +19,14 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
 from ..config import MemoryConfig, ModelConfig
 from ..model.llama import Llama
-from .aligned import AlignedObjective
+from .aligned import AlignedObjective, FrozenAligned
 from .config import TrainConfig
 from .invented import BOS, NAME, VALUE, Invented, Statements, questions, tokens
 from .metrics import read_metrics
@@ -35,13 +36,25 @@ from .parallel import World
 from .progress import Progress
 from .trainer import Trainer, micro_batches
 
-ARMS = {  # what is read in the first third of the steps, and after it
-    "closed book": ("none", "none"),
-    "text": ("text", "text"),
-    "memory from scratch": ("memory", "memory"),
-    "memory after closed book": ("none", "memory"),
-    "memory after text": ("text", "memory"),
-    "memory of all tokens": ("memory", "memory"),
+
+class Arm(NamedTuple):
+    """What is read in the first third of the steps, and after it; whole: memories keep all tokens; frozen: they are
+    written by the weights of the first third's end."""
+
+    first: str
+    read: str
+    whole: bool = False
+    frozen: bool = False
+
+
+ARMS = {
+    "closed book": Arm("none", "none"),
+    "text": Arm("text", "text"),
+    "memory from scratch": Arm("memory", "memory"),
+    "memory after closed book": Arm("none", "memory"),
+    "memory after text": Arm("text", "memory"),
+    "memory after text, frozen": Arm("text", "memory", frozen=True),
+    "memory of all tokens": Arm("memory", "memory", whole=True),
 }
 WARMUP = 1 / 3
 
@@ -125,9 +138,9 @@ def answers(objective: Objective, packs: Sequence[Packed]) -> tuple[float, float
 
 def run(arm: str, out: Path, size: Size, device: torch.device, seed: int = 0, progress: bool = True) -> bool:
     """Train one arm in its folder of OUT, or go on where it stopped; whether it is at its end."""
-    first, read = ARMS[arm]
-    people = size.people
-    if arm == "memory of all tokens":
+    first, read, whole, frozen = ARMS[arm]
+    people, place = size.people, folder(out, arm, seed)
+    if whole:
         size = replace(size, tokens=people.length)
     config = TrainConfig(
         name=arm, shape=size.shape, stage="sft", read=read, batch=size.batch, micro_batch=size.batch, steps=size.steps,
@@ -135,7 +148,8 @@ def run(arm: str, out: Path, size: Size, device: torch.device, seed: int = 0, pr
         log_every=20, eval_every=max(1, size.steps // size.evals), seed=seed, save_minutes=10.0, keep=1,
     )  # fmt: skip
     net = Llama(size.shape, size.memory).init_weights(seed).to(device).requires_grad_(True)
-    objective = AlignedObjective(net, tokens, people.length, range(VALUE, NAME))
+    given = (net, tokens, people.length, range(VALUE, NAME))
+    objective = FrozenAligned(*given, file=place / "writer.safetensors") if frozen else AlignedObjective(*given)
     source = Statements(people, first, read, round(WARMUP * size.steps), size.batch, seed)
     held, known, closed = (range(g * size.group, g * size.group + size.asked) for g in range(3))
     alone = "nothing" if read == "memory" else "none"
@@ -158,7 +172,7 @@ def run(arm: str, out: Path, size: Size, device: torch.device, seed: int = 0, pr
         return found
 
     trainer = Trainer(
-        config, objective, source, folder(out, arm, seed), evaluate=evaluate, world=World(device=device),
+        config, objective, source, place, evaluate=evaluate, world=World(device=device),
         progress=Progress(progress),
     )  # fmt: skip
     trainer.run()
@@ -167,7 +181,7 @@ def run(arm: str, out: Path, size: Size, device: torch.device, seed: int = 0, pr
 
 
 def folder(out: Path, arm: str, seed: int) -> Path:
-    return out / f"{arm.replace(' ', '-').replace('/', '-')}-{seed}"
+    return out / f"{arm.replace(',', '').replace(' ', '-')}-{seed}"
 
 
 def collect(out: Path, seeds: Sequence[int] = range(8)) -> dict[str, dict[int, list[dict]]]:

@@ -98,7 +98,7 @@ def test_memory_begins_after_its_warmup():
 
 
 def test_a_short_study(tmp_path):
-    for arm in ("closed book", "memory after text", "text"):
+    for arm in ("closed book", "memory after text", "memory after text, frozen", "text"):
         assert study.run(arm, tmp_path, SMALL, torch.device("cpu"), progress=False)
         assert study.run(arm, tmp_path, SMALL, torch.device("cpu"), progress=False)  # nothing left to do
     found = study.collect(tmp_path)

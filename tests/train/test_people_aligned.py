@@ -7,7 +7,7 @@ import torch
 
 from memory3.config import MemoryConfig
 from memory3.model.llama import Llama
-from memory3.train.aligned import AlignedObjective
+from memory3.train.aligned import AlignedObjective, FrozenAligned
 from memory3.train.batch import make_batch
 from memory3.train.invented import Invented, Statements, tokens
 from memory3.train.objective import Objective
@@ -35,3 +35,26 @@ def test_prefixes_are_refused():
     net = Llama(SMALL.shape, MemoryConfig(layers=(0,), prefix_ids=(1,)))
     with pytest.raises(ValueError, match="prefix_ids: expected none"):
         AlignedObjective(net, tokens, PEOPLE.length)
+
+
+def test_frozen_writing_keeps_the_weights_of_the_first_reading(tmp_path):
+    net = Llama(SMALL.shape, SMALL.memory).init_weights(0, std=0.2).requires_grad_(True)
+    file = tmp_path / "writer.safetensors"
+    frozen = FrozenAligned(net, tokens, PEOPLE.length, file=file)
+    live = AlignedObjective(net, tokens, PEOPLE.length)
+    pack = live.pack(make_batch(Statements(PEOPLE, "memory", "memory", 0, 8, 0).samples(0)))
+    before, _ = live._memories(pack.reads)
+    net.eval()
+    assert frozen._memories(pack.reads)[0].requires_grad and not file.exists()  # an evaluation decides nothing
+    net.train()
+    torch.testing.assert_close(frozen._memories(pack.reads)[0], before)
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.add_(0.1)
+    resumed = FrozenAligned(net, tokens, PEOPLE.length, file=file)
+    for objective in (frozen, resumed):
+        written, _ = objective._memories(pack.reads)
+        assert not written.requires_grad
+        torch.testing.assert_close(written, before)
+    assert not torch.allclose(live._memories(pack.reads)[0], before)
+    assert len(list(frozen.parameters())) == len(list(live.parameters()))
