@@ -39,7 +39,9 @@ def run(
     ] = 250,
     spoken: Annotated[int, typer.Option(min=0, help="Questions per set that are also answered in words.")] = 100,
     sets: Annotated[list[str] | None, typer.Option("--set", help="Only these sets (repeatable).")] = None,
-    arms: Annotated[list[str] | None, typer.Option("--arm", help="Only arms whose name holds this text.")] = None,
+    arms: Annotated[
+        list[str] | None, typer.Option("--arm", help="Only the arm of this name, or arms whose names hold this text.")
+    ] = None,
     adapter: Annotated[str, typer.Option(help="shipped, the folder of an adapter, or none.")] = "shipped",
     closed_book: Annotated[
         Path | None, typer.Option(help="Adapter trained equally long with nothing to read (read=none).")
@@ -106,7 +108,7 @@ def run(
         groups = {name: part for name, part in groups.items() if not arms or any(a in name for a in arms)}
         groups = {"without, and as it is": main_arms({who: readers[who]})[:2], **groups}
     else:
-        groups = {"": [a for a in main_arms(readers, controls) if not arms or any(part in a.name for part in arms)]}
+        groups = {"": _chosen(main_arms(readers, controls), arms)}
     report: dict[str, Any] = {"settings": json.loads((folder / "settings.json").read_text()), "tables": {}}
     for name, part in groups.items():
         part = [_named(name, a) for a in part]
@@ -172,6 +174,12 @@ def _named_folders(given) -> dict[str, Path]:
             raise ValueError(f"--also {text!r}: expected NAME=FOLDER with a name of its own")
         found[name] = Path(folder)
     return found
+
+
+def _chosen(arms, wanted):
+    """Of each text the arm of that name, else the arms whose names hold it; all arms without any text."""
+    names = {a.name for a in arms}
+    return [a for a in arms if not wanted or any(a.name == w or (w not in names and w in a.name) for w in wanted)]
 
 
 def _named(group: str, arm):

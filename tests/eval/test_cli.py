@@ -11,9 +11,9 @@ from typer.testing import CliRunner
 
 from memory3 import embed
 from memory3.cli.app import app
-from memory3.cli.eval import _named_folders
+from memory3.cli.eval import _chosen, _named_folders
 from memory3.eval import load, prepared, sources
-from memory3.eval.arms import Reader
+from memory3.eval.arms import Arm, Reader
 
 from .test_run import MODEL, made_questions, made_references
 
@@ -91,6 +91,17 @@ def test_names_of_further_adapters():
     for wrong in (["a"], ["=x"], ["a="], ["adapted=x"], ["a=x", "a=y"]):
         with pytest.raises(ValueError, match="NAME=FOLDER"):
             _named_folders(wrong)
+
+
+def test_an_arm_is_chosen_by_its_name_or_by_part_of_it():
+    arms = [Arm(name) for name in ("a: memory", "a: memory, VQ 34 B", "a: RAG 5", "b: memory")]
+    for wanted, names in (
+        (["a: memory"], ["a: memory"]),
+        (["memory"], ["a: memory", "a: memory, VQ 34 B", "b: memory"]),
+        (["b: memory", "VQ"], ["a: memory, VQ 34 B", "b: memory"]),
+        ([], [a.name for a in arms]),
+    ):
+        assert [a.name for a in _chosen(arms, wanted)] == names
 
 
 def test_general_text(tmp_path):
