@@ -12,6 +12,7 @@ import typer
 
 from .common import DEFAULT_MODEL, ModelOption, ThreadsOption, err, out, set_threads
 
+CPU_MINUTES = 55.0  # the whole evaluation takes a CPU hours; its part in an hour is about all arms and sets
 EXAMPLES = """
 [bold]Examples[/bold]\n
 memory3 eval --quick --json quick.json\n
@@ -67,7 +68,10 @@ def run(
         Path | None, typer.Option(help="Ask what --prepare wrote: needs no texts and no embedder.")
     ] = None,
     device: Annotated[str, typer.Option(help="Where the model runs: cpu, cuda.")] = "cpu",
-    minutes: Annotated[float, typer.Option(min=0, help="Ask no more after so long, and report; 0: all of it.")] = 0,
+    minutes: Annotated[
+        float | None,
+        typer.Option(min=0, help="Ask no more after so long, and report (default: 55 on a CPU; 0: all of it)."),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Draws the questions.")] = 0,
     model: ModelOption = DEFAULT_MODEL,
     threads: ThreadsOption = 0,
@@ -83,6 +87,8 @@ def run(
 
     set_threads(threads)
     began = time.monotonic()
+    if minutes is None:
+        minutes = CPU_MINUTES if device == "cpu" else 0
     if quick:
         questions, others, controls, spoken = 40, 16, 0, 16
     given = Prepared.load(prepared) if prepared is not None else None
@@ -114,6 +120,9 @@ def run(
         part = [_named(name, a) for a in part]
         with _bar(name or "asking", evaluation.todo(part)) as tick:
             results = evaluation.run(part, tick)
+        left = evaluation.todo(part)
+        if left:
+            err.print(f"[dim]{left} answers are missing after {minutes:g} minutes; the same command goes on[/dim]")
         report["tables"][name] = _summary(results)
         _show(name, report["tables"][name]["rows"])
     texts = {**given.texts, **cut_windows(text or (), tokenizer, windows, seed)}

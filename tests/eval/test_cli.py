@@ -86,6 +86,14 @@ def test_prepared_elsewhere(tmp_path, monkeypatch):
     assert late["tables"][""]["rows"] == []
 
 
+def test_a_cpu_stops_within_the_hour_and_says_what_is_missing(tmp_path, monkeypatch):
+    monkeypatch.setattr("memory3.cli.eval.CPU_MINUTES", 1e-9)
+    options = ["--out", str(tmp_path / "out"), "--json", str(tmp_path / "r.json"), "--questions", "2", "--set", "squad"]
+    found = CliRunner().invoke(app, ["eval", *options, *ARMS], catch_exceptions=False)
+    assert found.exit_code == 0 and "16 answers are missing" in found.output
+    assert call(tmp_path, "--set", "squad", *ARMS, "--minutes", "0")["tables"][""]["rows"]
+
+
 def test_names_of_further_adapters():
     assert _named_folders(["a=x/y", "b=z"]) == {"a": Path("x/y"), "b": Path("z")}
     for wrong in (["a"], ["=x"], ["a="], ["adapted=x"], ["a=x", "a=y"]):
