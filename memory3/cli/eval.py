@@ -70,7 +70,9 @@ def run(
     device: Annotated[str, typer.Option(help="Where the model runs: cpu, cuda.")] = "cpu",
     minutes: Annotated[
         float | None,
-        typer.Option(min=0, help="Ask no more after so long, and report (default: 55 on a CPU; 0: all of it)."),
+        typer.Option(
+            min=0, help=f"Ask no more after so long, and report (default: {CPU_MINUTES:g} on a CPU; 0: all of it)."
+        ),
     ] = None,
     seed: Annotated[int, typer.Option(help="Draws the questions.")] = 0,
     model: ModelOption = DEFAULT_MODEL,

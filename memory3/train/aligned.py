@@ -17,6 +17,7 @@ from memory3_kernels import gather_memory, memory_attention, select_tokens
 
 from ..model.llama import Llama
 from .batch import Batch
+from .files import whole
 from .objective import Objective, Tokens
 from .packed import Packed
 
@@ -104,7 +105,6 @@ class FrozenAligned(AlignedObjective):
         if self._file.is_file():
             load_model(writer, self._file)
         else:
-            partial = self._file.with_name(f".{self._file.name}.partial")
-            save_model(writer, str(partial))
-            partial.replace(self._file)
+            with whole(self._file) as partial:
+                save_model(writer, str(partial))
         self._writer = (writer,)  # in a tuple: no part of this module

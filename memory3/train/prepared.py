@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..config import MemoryConfig
+from .files import whole
 from .qa import CANDIDATES, MIX, Item, Questions
 
 if TYPE_CHECKING:
@@ -91,10 +92,8 @@ class Prepared:
             ragged = Ragged.of(lists)
             arrays |= {name: ragged.flat, f"{name}.ends": ragged.ends}
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{path.name}.partial")
-        with partial.open("wb") as file:
+        with whole(path) as partial, partial.open("wb") as file:
             np.savez_compressed(file, **arrays)
-        partial.replace(path)
 
     @classmethod
     def load(cls, path: Path) -> Prepared:

@@ -16,6 +16,7 @@ import numpy as np
 from ..config import MemoryConfig
 from ..embed import SupportsEncode
 from .batch import Piece, Sample
+from .files import whole
 from .overlap import TRAINING_LIMIT, refused
 
 if TYPE_CHECKING:
@@ -152,8 +153,6 @@ def retrieve_for_chunks(
             progress(min(first + rows, len(sequences)), len(sequences))
     if cache is not None:
         cache.parent.mkdir(parents=True, exist_ok=True)
-        partial = cache.with_name(f".{cache.name}.partial")
-        with partial.open("wb") as file:
+        with whole(cache) as partial, partial.open("wb") as file:
             np.savez(file, key=key, retrieved=retrieved)
-        partial.replace(cache)
     return records, retrieved
