@@ -76,7 +76,7 @@ def measure(
     args, kwargs = operands(case, dtype)
     cost = op.cost(*args, **kwargs)
     native = [f"native-{level}" for level in levels]
-    expected = gate(op, ["reference", *native], args, kwargs, op.tolerance[dtype])
+    expected = gate(op, ["reference", *native], args, kwargs, case.slack * op.tolerance[dtype])
     found = []
     for state in states:
         sets = copies(args, kwargs, cost.bytes, state)

@@ -25,7 +25,7 @@ def test_op(benchmark, op, case):
         pytest.skip(f"there is no native library to time ({_load.native_reason()})")
     dtype = run.dtype_of(op, "bfloat16")
     args, kwargs = measure.operands(case, dtype)
-    measure.gate(op, [f"native-{level}"], args, kwargs, op.tolerance[dtype])
+    measure.gate(op, [f"native-{level}"], args, kwargs, case.slack * op.tolerance[dtype])
     cost = op.cost(*args, **kwargs)
     benchmark.group = op.name
     with torch.no_grad():

@@ -32,7 +32,15 @@ if _find_spec("torch") is not None:
     from .ops.scatter_memory import scatter_memory
     from .ops.select_tokens import select_tokens
     from .ops.vq_dequantize import vq_dequantize
-    from .packed import PackedWeight, PackedWeights, join_weights, pack_blocks, pack_weight, unpack_weight
+    from .packed import (
+        PackedWeight,
+        PackedWeights,
+        join_weights,
+        mxint8_pays,
+        pack_blocks,
+        pack_weight,
+        unpack_weight,
+    )
 else:  # numpy_api and the doctor still work
 
     def __getattr__(name: str):
@@ -59,6 +67,7 @@ __all__ = [
     "memory_decode",
     "memory_decode_coded",
     "merge_attention_states",
+    "mxint8_pays",
     "native_reason",
     "pack_blocks",
     "pack_weight",

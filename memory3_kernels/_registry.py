@@ -44,6 +44,7 @@ class Case:
     grad: tuple[int, ...] = ()  # positions of the arguments that get gradients in the gradient tests
     slow: bool = False
     bench: bool = False  # part of the benchmark suites
+    slack: float = 1.0  # factor on the op's tolerance
 
 
 @dataclass(frozen=True)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
-from memory3_kernels import pack_blocks, pack_weight, packed_linear, unpack_weight
+from memory3_kernels import join_weights, pack_blocks, pack_weight, packed_linear, unpack_weight
+from memory3_kernels.packed import round_activations
 
 gguf = pytest.importorskip("gguf")
 TYPES = {"q8_0": gguf.GGMLQuantizationType.Q8_0, "q4_1": gguf.GGMLQuantizationType.Q4_1}
@@ -68,11 +71,63 @@ def test_results_do_not_depend_on_the_batch():
         assert torch.allclose(packed_linear(x[:count], weight), together[:count], rtol=1e-4, atol=1e-3)
 
 
+def test_mxint8_is_the_nearest_of_its_values():
+    """Against a search: every value of a block at its scale, for blocks of all sizes."""
+    draw = torch.Generator().manual_seed(4)
+    x = torch.randn(50, 32, generator=draw) * 2.0 ** torch.randint(-30, 30, (50, 1), generator=draw)
+    rounded = round_activations(x, "mxint8")
+    assert torch.equal(rounded, rounded.bfloat16().float())
+    for values, got in zip(x, rounded, strict=True):
+        top = 2.0 ** math.floor(math.log2(values.abs().max()))
+        grid = torch.arange(-127, 128) * top / 64
+        distance = (values[:, None] - grid).abs().amin(1)
+        assert torch.equal((values - got).abs(), distance)
+    assert torch.equal(round_activations(torch.zeros(2, 32), "mxint8"), torch.zeros(2, 32))
+    assert torch.equal(round_activations(rounded, "mxint8"), rounded)
+
+
+@pytest.mark.parametrize("format", TYPES)
+@pytest.mark.parametrize("count", [1, 3, 8, 40])
+def test_mxint8_equals_bf16_on_its_own_values(format, count):
+    """Such values are bf16 values: both kinds of activations give the same products, whatever kernel makes them."""
+    weight = torch.randn(40, 288, generator=torch.Generator().manual_seed(5))
+    x = round_activations(torch.randn(count, 288, generator=torch.Generator().manual_seed(6)), "mxint8")
+    exact, bytes_ = (packed_linear(x, pack_weight(weight, format, kind)) for kind in ("bf16", "mxint8"))
+    assert torch.allclose(bytes_, exact, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("format", TYPES)
+@pytest.mark.parametrize("count", [1, 40])
+def test_mxint8_keeps_what_is_not_finite(format, count, bad):
+    x = torch.ones(count, 64)
+    x[0, 40] = bad
+    out = packed_linear(x, pack_weight(torch.randn(20, 64), format, "mxint8"))
+    assert out[0].isnan().all() and out[1:].isfinite().all()
+
+
+@pytest.mark.parametrize("scale", [0.0, 1e-45, 1e-38, 1e30])
+@pytest.mark.parametrize("format", TYPES)
+def test_mxint8_of_tiny_and_huge_values(format, scale):
+    weight, x = pack_weight(torch.randn(20, 64) / 64, format, "mxint8"), torch.full((9, 64), scale)
+    want = round_activations(x.double(), "mxint8") @ dense(weight).double().T
+    assert torch.allclose(packed_linear(x, weight).double(), want, rtol=1e-4, atol=0 if scale > 1 else 1e-38)
+
+
+def test_weights_of_one_call_share_their_activations():
+    weight = torch.ones(16, 32)
+    mixed = [pack_weight(weight, "q8_0"), pack_weight(weight, "q4_1", "mxint8")]
+    with pytest.raises(RuntimeError, match="weights: expected one kind of activations, got bf16 and mxint8"):
+        join_weights(mixed)
+    assert join_weights([pack_weight(weight), mixed[1]])[0].activations == "mxint8"
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
         (lambda: pack_weight(torch.ones(4, 33)), "weight: expected a multiple of 32 columns, got 33"),
         (lambda: pack_weight(torch.ones(4, 32), "q2_k"), "format: expected one of bf16, q8_0, q4_1, got q2_k"),
+        (lambda: pack_weight(torch.ones(4, 32), "q8_0", "fp8"), "activations: expected one of bf16, mxint8, got fp8"),
         (lambda: pack_weight(torch.ones(32)), r"weight: expected \[rows, cols\], got \[32\]"),
         (lambda: pack_blocks(torch.zeros(4, 33, dtype=torch.uint8), "q8_0"), "a multiple of 34"),
         (lambda: pack_blocks(torch.zeros(4, 34), "q8_0"), "expected uint8"),

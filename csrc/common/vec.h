@@ -305,6 +305,19 @@ inline F32 sum_each(F32* v) {
     return v[0];
 }
 
+// To nearest, ties to even, for |x| < 2^22. The product of a caller must not be joined to this: it would be rounded only
+// once.
+inline I32 round_lanes(F32 x) {
+#if defined(__AVX512F__) && !defined(M3_EMULATE_AVX512)
+  return reinterpret_cast<I32>(_mm512_cvtps_epi32(reinterpret_cast<__m512>(x)));
+#else
+  M3_OPAQUE(x);
+  F32 shifted = x + 12582912.f;  // 1.5 * 2^23: the sum rounds to an integer
+  M3_OPAQUE(shifted);
+  return __builtin_convertvector(shifted - 12582912.f, I32);
+#endif
+}
+
 // exp for x <= 88: relative error < 2e-7; 0 below -87.3 (so exp(-inf) = 0). Range reduction by ln 2 in two parts, then
 // a degree-6 Taylor polynomial on [-ln2/2, ln2/2].
 inline F32 exp(F32 x) {

@@ -1,20 +1,15 @@
 // Element by element work of a step; the linear maps and attention are other ops' kernels.
 #include "common/vec.h"
 #include "decode_step/pieces.h"
+#include "packed_linear/round.h"
 
 namespace m3 {
 namespace M3_LEVEL {
 namespace {
 
-constexpr int kBlock = 32;  // columns whose sum packed weights want
+constexpr int kBlock = M3_PACKED_COLS;
 
 inline BF16* as_bf16(uint16_t* p) { return reinterpret_cast<BF16*>(p); }
-
-// One vector as bf16; returns what was stored.
-inline F32 store_rounded(uint16_t* to, F32 v) {
-  store(as_bf16(to), v);
-  return load(as_bf16(to));
-}
 
 float sum_of_squares(const float* x, int64_t n) {
   F32 a = {}, b = {};
@@ -30,14 +25,17 @@ float sum_of_squares(const float* x, int64_t n) {
 }  // namespace
 
 void step_norm(const NormRows& p) {
+  const int64_t cols = p.out.cols;
   for (int64_t m = 0; m < p.count; ++m) {
-    const float* x = p.x + m * p.cols;
-    const float factor = 1.f / __builtin_sqrtf(sum_of_squares(x, p.cols) / static_cast<float>(p.cols) + p.eps);
-    for (int64_t c = 0; c < p.cols; c += kBlock) {
-      F32 total = {};
-      for (int i = 0; i < kBlock; i += kLanes)
-        total += store_rounded(p.out + m * p.cols + c + i, load(x + c + i) * factor * load(p.weight + c + i));
-      p.sums[(m * p.cols + c) / kBlock] = sum(total);
+    const float* x = p.x + m * cols;
+    const float factor = 1.f / __builtin_sqrtf(sum_of_squares(x, cols) / static_cast<float>(cols) + p.eps);
+    for (int64_t c = 0; c < cols; c += kBlock) {
+      F32 v[kBlockParts];
+      for (int i = 0; i < kBlockParts; ++i) {
+        const int64_t at = c + i * kLanes;
+        v[i] = load(x + at) * factor * load(p.weight + at);
+      }
+      store_block(p.out, p.row + m, c / kBlock, v);
     }
   }
 }
@@ -45,14 +43,15 @@ void step_norm(const NormRows& p) {
 void step_gate(const GateRows& p, int64_t begin, int64_t end) {
   for (int64_t m = 0; m < p.count; ++m)
     for (int64_t c = begin; c < end; c += kBlock) {
-      F32 total = {};
-      for (int i = 0; i < kBlock; i += kLanes) {
-        const F32 gate = load(p.gate + m * p.stride + c + i), up = load(p.up + m * p.stride + c + i);
+      F32 v[kBlockParts];
+      for (int i = 0; i < kBlockParts; ++i) {
+        const int64_t at = m * p.stride + c + i * kLanes;
+        const F32 gate = load(p.gate + at), up = load(p.up + at);
         // Below -80, where exp would soon overflow, the quotient is 0 but for its last bits.
         const F32 silu = gate / (1.f + exp(-max(gate, splat(-80.f))));
-        total += store_rounded(p.out + m * p.cols + c + i, silu * up);
+        v[i] = silu * up;
       }
-      p.sums[(m * p.cols + c) / kBlock] = sum(total);
+      store_block(p.out, p.row + m, (p.col + c) / kBlock, v);
     }
 }
 
@@ -91,15 +90,6 @@ void step_widen(const uint16_t* x, int64_t n, float* out) {
 void step_add(const AddRows& p) {
   for (int64_t m = 0; m < p.count; ++m)
     for (int64_t c = 0; c < p.cols; ++c) p.to[m * p.to_pitch + c] += p.from[m * p.from_pitch + c];
-}
-
-// sums [n / 32] of x over blocks of 32, n a multiple of that.
-void step_sums(const uint16_t* x, int64_t n, float* sums) {
-  for (int64_t c = 0; c < n; c += kBlock) {
-    F32 total = {};
-    for (int i = 0; i < kBlock; i += kLanes) total += load(reinterpret_cast<const BF16*>(x + c + i));
-    sums[c / kBlock] = sum(total);
-  }
 }
 
 }  // namespace M3_LEVEL

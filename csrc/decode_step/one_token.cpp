@@ -16,13 +16,11 @@ constexpr int64_t kSpread = 4;        // sequences from which linear maps leave 
 
 // Buffers of a step, cut from one workspace.
 struct Buffers {
-  float *x, *added, *qkv, *lse, *mass, *mass_sum, *gate_up, *gated_sums;
-  uint16_t *q, *attended, *gated;
+  float *x, *added, *qkv, *lse, *mass, *mass_sum, *gate_up;
+  uint16_t *q, *attended;
+  M3PackedRows gated;
   int32_t *kv_len, *cu_q;
-  // Of every member: the input of its linear maps.
-  uint16_t* input;
-  float* input_sums;
-  int64_t input_size, sums_size;
+  M3PackedRows* input;  // of every member: that of its linear maps
   int64_t bytes;
 };
 
@@ -41,14 +39,15 @@ Buffers cut(const M3DecodeStepParams& p, void* base) {
   take(w.mass, p.batch * p.heads * refs);
   take(w.mass_sum, p.batch * p.kv_heads * refs);
   take(w.gate_up, p.batch * 2 * p.ffn);
-  take(w.gated, p.batch * p.ffn);
-  take(w.gated_sums, p.batch * p.ffn / kBlock);
+  take_rows(take, w.gated, p.batch, p.ffn);
   take(w.kv_len, p.batch);
   take(w.cu_q, p.batch + 1);
-  w.input_size = (p.batch * cols + kBlock - 1) / kBlock * kBlock;
-  w.sums_size = (p.batch * cols / kBlock + kTile - 1) / kTile * kTile;
-  take(w.input, p.threads * w.input_size);
-  take(w.input_sums, p.threads * w.sums_size);
+  take(w.input, p.threads);
+  for (int i = 0; i < p.threads; ++i) {
+    M3PackedRows input{};
+    take_rows(take, input, p.batch, cols);
+    if (base != nullptr) w.input[i] = input;
+  }
   w.bytes = take.bytes;
   return w;
 }
@@ -131,9 +130,7 @@ class Step {
       : p_(p),
         w_(w),
         member_(member),
-        watch_(member.index == 0 ? p.profile : nullptr),
-        input_(w.input + member.index * w.input_size),
-        sums_(w.input_sums + member.index * w.sums_size) {}
+        watch_(member.index == 0 ? p.profile : nullptr) {}
 
   void run() {
     embed();
@@ -145,24 +142,26 @@ class Step {
     for (int64_t layer = 0; layer < p_.layers; ++layer) {
       const M3PackedWeight* weights = p_.weights + layer * M3_STEP_LINEARS;
       const bool reads = reads_records(layer);
-      norm(2 * layer);
+      norm(2 * layer, weights[M3_STEP_QKV]);
       if (p_.batch < kSpread) records_ahead_(records_ahead_.lines());
       linear(weights[M3_STEP_QKV], w_.qkv);
       meet(M3_STEP_LINEAR, weights[M3_STEP_OUT]);
       attention(layer, reads ? memory++ : -1);
       meet(M3_STEP_ATTENTION, weights[M3_STEP_OUT]);
-      pack_attended();
-      linear_added(weights[M3_STEP_OUT], input_, sums_);
+      pack_attended(weights[M3_STEP_OUT]);
+      linear_added(weights[M3_STEP_OUT], input_);
       meet(M3_STEP_LINEAR, weights[M3_STEP_GATE_UP], 2);
-      norm(2 * layer + 1);
-      gate_up(weights[M3_STEP_GATE_UP]);
+      norm(2 * layer + 1, weights[M3_STEP_GATE_UP]);
+      const M3PackedRows gated = rows_for(p_, weights[M3_STEP_DOWN], w_.gated);
+      gate_up(weights[M3_STEP_GATE_UP], gated);
       meet(M3_STEP_FFN, weights[M3_STEP_DOWN]);
       records_ahead_ = reads_records(layer + 1) ? RecordsAhead(p_, memory, member_) : RecordsAhead();
-      linear_added(weights[M3_STEP_DOWN], w_.gated, w_.gated_sums);
+      linear_added(weights[M3_STEP_DOWN], gated);
       meet(M3_STEP_FFN, weights[M3_STEP_LINEARS]);  // the next layer's first, or the head
     }
-    norm(2 * p_.layers);
-    linear(p_.weights[p_.layers * M3_STEP_LINEARS], p_.logits);
+    const M3PackedWeight& head = p_.weights[p_.layers * M3_STEP_LINEARS];
+    norm(2 * p_.layers, head);
+    linear(head, p_.logits);
     if (p_.mass != nullptr && member_.index == 0) mean_mass();
     watch_.mark(M3_STEP_HEAD);
   }
@@ -189,15 +188,11 @@ class Step {
     meet(M3_STEP_EMBED, p_.weights[0]);
   }
 
-  // The residual stream, normalised, becomes this member's input.
-  void norm(int64_t which) {
-    M3_AT_LEVEL(step_norm)({w_.x, p_.norms + which * p_.dim, p_.batch, p_.dim, p_.eps, input_, sums_});
+  // The residual stream, normalised, becomes this member's input of a map.
+  void norm(int64_t which, const M3PackedWeight& next) {
+    input_ = rows_for(p_, next, w_.input[member_.index]);
+    M3_AT_LEVEL(step_norm)({w_.x, p_.norms + which * p_.dim, p_.batch, p_.eps, input_, 0});
     watch_.mark(M3_STEP_NORM);
-  }
-
-  M3PackedLinearParams linear_params(const M3PackedWeight& weight, const uint16_t* x, const float* sums,
-                                     float* out) const {
-    return {weight, x, weight.cols, sums, p_.batch, out, M3_F32, weight.rows};
   }
 
   // member_.share for tiles of a linear map; with several sequences, records are fetched between the tiles.
@@ -219,14 +214,14 @@ class Step {
 
   // out [B, rows] = input times weight.
   void linear(const M3PackedWeight& weight, float* out) {
-    const M3PackedLinearParams params = linear_params(weight, input_, sums_, out);
+    const M3PackedLinearParams params = linear_of(weight, input_, p_.batch, out);
     const auto kernel = M3_AT_LEVEL(packed_linear);
     share_fetching(m3_packed_tiles(&weight), [&](int64_t begin, int64_t end) { kernel(params, begin, end); });
   }
 
   // Adds x times weight to the residual stream.
-  void linear_added(const M3PackedWeight& weight, const uint16_t* x, const float* sums) {
-    const M3PackedLinearParams params = linear_params(weight, x, sums, w_.added);
+  void linear_added(const M3PackedWeight& weight, const M3PackedRows& x) {
+    const M3PackedLinearParams params = linear_of(weight, x, p_.batch, w_.added);
     const auto kernel = M3_AT_LEVEL(packed_linear);
     share_fetching(m3_packed_tiles(&weight), [&](int64_t begin, int64_t end) {
       kernel(params, begin, end);
@@ -236,9 +231,9 @@ class Step {
   }
 
   // Tiles of gate and the same of up by one member, which then has all it needs to join them.
-  void gate_up(const M3PackedWeight& weight) {
-    const M3PackedLinearParams params = linear_params(weight, input_, sums_, w_.gate_up);
-    const GateRows gate{w_.gate_up, w_.gate_up + p_.ffn, p_.batch, 2 * p_.ffn, p_.ffn, w_.gated, w_.gated_sums};
+  void gate_up(const M3PackedWeight& weight, const M3PackedRows& gated) {
+    const M3PackedLinearParams params = linear_of(weight, input_, p_.batch, w_.gate_up);
+    const GateRows gate{w_.gate_up, w_.gate_up + p_.ffn, p_.batch, 2 * p_.ffn, gated, 0, 0};
     const auto kernel = M3_AT_LEVEL(packed_linear);
     const int64_t up = p_.ffn / kTile;
     member_.share(up, kShare, [&](int64_t begin, int64_t end) {
@@ -291,10 +286,10 @@ class Step {
     });
   }
 
-  // Attention's result becomes this member's input; only the sums are new.
-  void pack_attended() {
-    const int64_t cols = p_.heads * p_.head_dim;
-    M3_AT_LEVEL(pack_activations)(w_.attended, M3_BF16, cols, p_.batch, cols, input_, sums_);
+  // Attention's result becomes this member's input.
+  void pack_attended(const M3PackedWeight& next) {
+    input_ = rows_for(p_, next, w_.input[member_.index]);
+    M3_AT_LEVEL(pack_activations)(w_.attended, M3_BF16, next.cols, p_.batch, input_, 0);
   }
 
   void mean_mass() {
@@ -313,8 +308,7 @@ class Step {
   Member& member_;
   Watch watch_;
   RecordsAhead records_ahead_;  // of the next layer's attention
-  uint16_t* const input_;
-  float* const sums_;
+  M3PackedRows input_{};        // of this member's present map
 };
 
 }  // namespace

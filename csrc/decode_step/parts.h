@@ -9,14 +9,13 @@
 #include "m3/decode_step.h"
 
 M3_DECLARE_LEVELS(void, packed_linear, const M3PackedLinearParams&, int64_t, int64_t)
-M3_DECLARE_LEVELS(void, pack_activations, const void*, m3_dtype, int64_t, int64_t, int64_t, uint16_t*, float*)
+M3_DECLARE_LEVELS(void, pack_activations, const void*, m3_dtype, int64_t, int64_t, const M3PackedRows&, int64_t)
 M3_DECLARE_LEVELS(void, step_norm, const NormRows&)
 M3_DECLARE_LEVELS(void, step_gate, const GateRows&, int64_t, int64_t)
 M3_DECLARE_LEVELS(void, step_rotate, const RotateRow&)
 M3_DECLARE_LEVELS(void, step_round, const float*, int64_t, uint16_t*)
 M3_DECLARE_LEVELS(void, step_widen, const uint16_t*, int64_t, float*)
 M3_DECLARE_LEVELS(void, step_add, const AddRows&)
-M3_DECLARE_LEVELS(void, step_sums, const uint16_t*, int64_t, float*)
 
 namespace m3 {
 
@@ -37,6 +36,25 @@ struct Cutter {
     bytes += (count * static_cast<int64_t>(sizeof(T)) + 63) / 64 * 64;
   }
 };
+
+// Room for the input of linear maps of up to `cols` columns.
+inline void take_rows(Cutter& take, M3PackedRows& rows, int64_t count, int64_t cols) {
+  take(rows.x, count * cols);
+  take(rows.sums, count * cols / M3_PACKED_COLS);
+  take(rows.scales, count * cols / M3_PACKED_COLS);
+}
+
+// That room, for rows that will meet `weight`.
+inline M3PackedRows rows_for(const M3DecodeStepParams& p, const M3PackedWeight& weight, M3PackedRows rows) {
+  rows.activations = weight.format == M3_WEIGHT_BF16 ? M3_ACTIVATIONS_BF16 : p.activations;
+  rows.format = weight.format, rows.cols = weight.cols;
+  return rows;
+}
+
+// count rows of x times the weight they were made for; out [count, rows of the weight] fp32.
+inline M3PackedLinearParams linear_of(const M3PackedWeight& weight, const M3PackedRows& x, int64_t count, float* out) {
+  return {weight, x.x, weight.cols, x.sums, x.scales, x.activations, count, out, M3_F32, weight.rows};
+}
 
 // The records of memory layer `memory`.
 inline M3Records records_of(const M3DecodeStepParams& p, int64_t memory) {

@@ -3,27 +3,28 @@
 
 #include <stdint.h>
 
-#include "m3/api.h"
+#include "m3/packed_linear.h"
 
 namespace m3 {
 
-// Rows [count, cols] of x (fp32, contiguous), normalised, times weight, as bf16; sums per 32 columns where wanted.
+// Rows [count, out.cols] of x (fp32, contiguous), normalised, times weight, become rows of `out` from `row` on.
 struct NormRows {
   const float* x;
   const float* weight;
-  int64_t count, cols;
+  int64_t count;
   float eps;
-  uint16_t* out;
-  float* sums;
+  M3PackedRows out;
+  int64_t row;
 };
 
-// silu(gate) * up for columns [begin, end) (multiples of 32) of rows [count, stride]; bf16 out and sums [count, cols].
+// silu(gate) * up for columns [begin, end) (multiples of 32) of rows [count, stride] become columns [col + begin, ..) of
+// rows of `out` from `row` on.
 struct GateRows {
   const float* gate;
   const float* up;
-  int64_t count, stride, cols;
-  uint16_t* out;
-  float* sums;
+  int64_t count, stride;
+  M3PackedRows out;
+  int64_t row, col;
 };
 
 // `heads` vectors of `dim` at x, rotated, as bf16.

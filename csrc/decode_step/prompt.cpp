@@ -39,8 +39,9 @@ struct Place {
 };
 
 struct Buffers {
-  float *x, *lse, *mass, *sums, *gated_sums, *hidden, *hidden_sums, *unit;
-  uint16_t *input, *q, *attended, *gated, *hidden_input;
+  float *x, *lse, *mass, *hidden, *unit;
+  uint16_t *q, *attended;
+  M3PackedRows input, gated, hidden_input;
   Segment* segments;
   Place* places;
   int32_t* cu_chunk;
@@ -64,17 +65,14 @@ Buffers cut(const M3DecodeStepParams& p, void* base) {
   const int64_t rows = p.count < kRows ? p.count : kRows, wide = p.heads * p.head_dim;
   const int64_t cols = wide > p.dim ? wide : p.dim, refs = p.memory_layers > 0 ? p.memory.refs : 0;
   take(w.x, rows * p.dim);
-  take(w.input, rows * p.dim);
-  take(w.sums, rows * cols / kBlock);
+  take_rows(take, w.input, rows, cols);
   take(w.q, rows * wide);
   take(w.attended, rows * wide);
   take(w.lse, rows * p.heads);
   take(w.mass, rows * p.heads * refs);
-  take(w.gated, rows * p.ffn);
-  take(w.gated_sums, rows * p.ffn / kBlock);
+  take_rows(take, w.gated, rows, p.ffn);
   take(w.hidden, p.wanted * p.dim);
-  take(w.hidden_input, p.wanted * p.dim);
-  take(w.hidden_sums, p.wanted * p.dim / kBlock);
+  take_rows(take, w.hidden_input, p.wanted, p.dim);
   take(w.segments, p.batch);
   take(w.places, rows);
   take(w.cu_chunk, (p.cu_chunk != nullptr ? p.memory.chunks : p.batch) + 2 * p.batch);
@@ -122,15 +120,14 @@ class Prompt {
 
   void through(int64_t layer, int64_t memory) {
     const M3PackedWeight* const weights = p_.weights + layer * M3_STEP_LINEARS;
-    norm(2 * layer);
+    norm(2 * layer, weights[M3_STEP_QKV]);
     queries_keys_values(weights[M3_STEP_QKV], layer);
     attention(layer, memory);
-    const bool adds = weights[M3_STEP_OUT].format == M3_WEIGHT_Q4_1;
-    if (adds || (memory >= 0 && refs_ > 0 && p_.mass != nullptr)) after_attention(adds, memory);
-    linear_added(weights[M3_STEP_OUT], w_.attended, w_.sums, M3_STEP_LINEAR);
-    norm(2 * layer + 1);
-    gate_up(weights[M3_STEP_GATE_UP]);
-    linear_added(weights[M3_STEP_DOWN], w_.gated, w_.gated_sums, M3_STEP_FFN);
+    linear_added(weights[M3_STEP_OUT], after_attention(weights[M3_STEP_OUT], memory), M3_STEP_LINEAR);
+    norm(2 * layer + 1, weights[M3_STEP_GATE_UP]);
+    const M3PackedRows gated = rows_for(p_, weights[M3_STEP_DOWN], w_.gated);
+    gate_up(weights[M3_STEP_GATE_UP], gated);
+    linear_added(weights[M3_STEP_DOWN], gated, M3_STEP_FFN);
   }
 
   template <class Work>
@@ -178,11 +175,11 @@ class Prompt {
     return count;
   }
 
-  void norm(int64_t which) {
+  void norm(int64_t which, const M3PackedWeight& next) {
+    input_ = rows_for(p_, next, w_.input);
     member_.share(rows_, 1, [&](int64_t begin, int64_t end) {
       M3_AT_LEVEL(step_norm)
-      ({w_.x + begin * p_.dim, p_.norms + which * p_.dim, end - begin, p_.dim, p_.eps, w_.input + begin * p_.dim,
-        w_.sums + begin * p_.dim / kBlock});
+      ({w_.x + begin * p_.dim, p_.norms + which * p_.dim, end - begin, p_.eps, input_, begin});
     });
     meet(M3_STEP_NORM);
   }
@@ -191,13 +188,13 @@ class Prompt {
   // after the other. tiles_of(group, tiles) lists a group's and returns their number; take(group, row, rows) finds the
   // sums in sum_, `pitch` apart.
   template <class TilesOf, class Take>
-  void linear(const M3PackedWeight& weight, const uint16_t* x, const float* sums, int64_t groups, int64_t pitch,
+  void linear(const M3PackedWeight& weight, const M3PackedRows& x, int64_t groups, int64_t pitch,
               const TilesOf& tiles_of, const Take& take) {
     int64_t parts = (rows_ + kSumRows - 1) / kSumRows;
     while (member_.count > 1 && groups * parts < kUnits * member_.count && rows_ / (2 * parts) >= kFewest) parts *= 2;
     const int64_t each = ((rows_ + parts - 1) / parts + kSumUnit - 1) / kSumUnit * kSumUnit;
     parts = (rows_ + each - 1) / each;
-    const M3PackedLinearParams params{weight, x, weight.cols, sums, rows_, nullptr, M3_F32, 0};
+    const M3PackedLinearParams params = linear_of(weight, x, rows_, nullptr);
     const auto kernel = M3_AT_LEVEL(packed_linear_sums);
     member_.share(groups * parts, 1, [&](int64_t begin, int64_t end) {
       for (int64_t unit = begin; unit < end; ++unit) {
@@ -214,15 +211,14 @@ class Prompt {
 
   // Consecutive tiles, `unit` at once.
   template <class Take>
-  void linear_in_order(const M3PackedWeight& weight, const uint16_t* x, const float* sums, int64_t unit,
-                       const Take& take) {
+  void linear_in_order(const M3PackedWeight& weight, const M3PackedRows& x, int64_t unit, const Take& take) {
     const int64_t all = m3_packed_tiles(&weight);
     const auto tiles_of = [&](int64_t group, int64_t* tiles) {
       int count = 0;
       for (int64_t t = group * unit; t < all && count < unit; ++t) tiles[count++] = t;
       return count;
     };
-    linear(weight, x, sums, (all + unit - 1) / unit, unit * kTile, tiles_of, take);
+    linear(weight, x, (all + unit - 1) / unit, unit * kTile, tiles_of, take);
   }
 
   // Queries stay here, keys and values go into the cache.
@@ -233,7 +229,7 @@ class Prompt {
     uint16_t* const v_cache = p_.v_cache + layer * p_.v_stride[0];
     const auto rotate = M3_AT_LEVEL(step_rotate);
     const auto round = M3_AT_LEVEL(step_round);
-    linear_in_order(weight, w_.input, w_.sums, unit, [&](int64_t group, int64_t row, int64_t rows) {
+    linear_in_order(weight, input_, unit, [&](int64_t group, int64_t row, int64_t rows) {
       const int64_t begin = group * held, end = begin + held < all ? begin + held : all;
       for (int64_t m = 0; m < rows; ++m) {
         const Place place = w_.places[row + m];
@@ -302,13 +298,19 @@ class Prompt {
     M3_AT_LEVEL(memory_attention)(a, s.blocks, begin, end);
   }
 
-  // Sums of attention's result, which the output map wants beside it; the mean of its mass.
-  void after_attention(bool adds, int64_t memory) {
+  // Attention's result as the output map `next` takes it; the mean of its mass.
+  M3PackedRows after_attention(const M3PackedWeight& next, int64_t memory) {
     const int64_t wide = p_.heads * p_.head_dim;
     const float factor = 1.f / static_cast<float>(p_.heads * p_.memory_layers);
+    const bool sees = memory >= 0 && refs_ > 0 && p_.mass != nullptr;
+    M3PackedRows x = rows_for(p_, next, w_.input);
+    // bf16 that needs no sums is what it is already.
+    const bool packs = x.activations != M3_ACTIVATIONS_BF16 || next.format == M3_WEIGHT_Q4_1;
+    if (!packs) x.x = w_.attended;
+    if (!packs && !sees) return x;
     each_row([&](int64_t m) {
-      if (adds) M3_AT_LEVEL(step_sums)(w_.attended + m * wide, wide, w_.sums + m * wide / kBlock);
-      if (memory < 0 || p_.mass == nullptr) return;
+      if (packs) M3_AT_LEVEL(pack_activations)(w_.attended + m * wide, M3_BF16, wide, 1, x, m);
+      if (!sees) return;
       for (int64_t r = 0; r < refs_; ++r) {
         float sum = 0.f;
         for (int64_t h = 0; h < p_.heads; ++h) sum += w_.mass[(m * p_.heads + h) * refs_ + r];
@@ -316,12 +318,13 @@ class Prompt {
       }
     });
     meet(M3_STEP_ATTENTION);
+    return x;
   }
 
   // Adds x times weight to the residual stream.
-  void linear_added(const M3PackedWeight& weight, const uint16_t* x, const float* sums, int stage) {
+  void linear_added(const M3PackedWeight& weight, const M3PackedRows& x, int stage) {
     constexpr int64_t kPitch = kSumTiles * kTile;
-    linear_in_order(weight, x, sums, kSumTiles, [&](int64_t group, int64_t row, int64_t rows) {
+    linear_in_order(weight, x, kSumTiles, [&](int64_t group, int64_t row, int64_t rows) {
       const int64_t col = group * kPitch, cols = p_.dim - col < kPitch ? p_.dim - col : kPitch;
       M3_AT_LEVEL(step_add)({sum_, kPitch, rows, cols, w_.x + row * p_.dim + col, p_.dim});
     });
@@ -329,7 +332,7 @@ class Prompt {
   }
 
   // Two tiles of gate and the same two of up make a block of columns.
-  void gate_up(const M3PackedWeight& weight) {
+  void gate_up(const M3PackedWeight& weight, const M3PackedRows& gated) {
     constexpr int64_t kPitch = 2 * kBlock;
     static_assert(kPitch == kSumTiles * kTile);
     const auto tiles_of = [&](int64_t group, int64_t* tiles) {
@@ -337,10 +340,8 @@ class Prompt {
       tiles[0] = gate, tiles[1] = gate + 1, tiles[2] = up, tiles[3] = up + 1;
       return 4;
     };
-    linear(weight, w_.input, w_.sums, p_.ffn / kBlock, kPitch, tiles_of, [&](int64_t group, int64_t row, int64_t rows) {
-      const int64_t at = row * p_.ffn + group * kBlock;
-      M3_AT_LEVEL(step_gate)
-      ({sum_, sum_ + kBlock, rows, kPitch, p_.ffn, w_.gated + at, w_.gated_sums + at / kBlock}, 0, kBlock);
+    linear(weight, input_, p_.ffn / kBlock, kPitch, tiles_of, [&](int64_t group, int64_t row, int64_t rows) {
+      M3_AT_LEVEL(step_gate)({sum_, sum_ + kBlock, rows, kPitch, gated, row, group * kBlock}, 0, kBlock);
     });
     meet(M3_STEP_FFN);
   }
@@ -359,14 +360,13 @@ class Prompt {
 
   void head() {
     const M3PackedWeight& weight = p_.weights[p_.layers * M3_STEP_LINEARS];
+    const M3PackedRows input = rows_for(p_, weight, w_.hidden_input);
     member_.share(p_.wanted, 1, [&](int64_t begin, int64_t end) {
       M3_AT_LEVEL(step_norm)
-      ({w_.hidden + begin * p_.dim, p_.norms + 2 * p_.layers * p_.dim, end - begin, p_.dim, p_.eps,
-        w_.hidden_input + begin * p_.dim, w_.hidden_sums + begin * p_.dim / kBlock});
+      ({w_.hidden + begin * p_.dim, p_.norms + 2 * p_.layers * p_.dim, end - begin, p_.eps, input, begin});
     });
     meet(M3_STEP_HEAD);
-    const M3PackedLinearParams params{weight,   w_.hidden_input, p_.dim, w_.hidden_sums,
-                                      p_.wanted, p_.logits,       M3_F32, p_.vocab};
+    const M3PackedLinearParams params = linear_of(weight, input, p_.wanted, p_.logits);
     const auto kernel = M3_AT_LEVEL(packed_linear);
     member_.share(m3_packed_tiles(&weight), kSumTiles,
                   [&](int64_t begin, int64_t end) { kernel(params, begin, end); });
@@ -377,7 +377,8 @@ class Prompt {
   const Buffers& w_;
   Member& member_;
   Watch watch_;
-  float* const sum_;  // of this member's present unit of work
+  float* const sum_;      // of this member's present unit of work
+  M3PackedRows input_{};  // of the block's present map
   const int64_t refs_;
   int64_t first_ = 0, rows_ = 0;  // of the block
 };

@@ -11,18 +11,6 @@ namespace {
 constexpr int kTile = M3_INT8_ROWS;
 constexpr int kParts = kTile / kLanes;  // vectors that hold one value of each row of a tile
 
-// To nearest, ties to even. The product of a caller must not be joined to this: it would be rounded only once.
-inline I32 round_lanes(F32 x) {
-#if defined(__AVX512F__) && !defined(M3_EMULATE_AVX512)
-  return reinterpret_cast<I32>(_mm512_cvtps_epi32(reinterpret_cast<__m512>(x)));
-#else
-  M3_OPAQUE(x);
-  F32 shifted = x + 12582912.f;  // 1.5 * 2^23: the sum rounds to an integer; |x| is at most 255
-  M3_OPAQUE(shifted);
-  return __builtin_convertvector(shifted - 12582912.f, I32);
-#endif
-}
-
 typedef uint8_t Bytes __attribute__((vector_size(kLanes)));
 
 // Zeros stand for what lies behind the row.

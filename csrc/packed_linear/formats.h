@@ -1,7 +1,8 @@
 // The formats of packed weights, for `*.simd.cpp` files: how a block expands. Where the level multiplies bf16 pairs,
 // pairs(block, pair, part) gives the weights of a column pair, kLanes rows, as bf16 pairs. Elsewhere floats(...) gives
 // them as two vectors of floats that are kUp[column] times too large: a power of two, which saves shifts and which the
-// other factor makes good exactly. Scales come after either.
+// other factor makes good exactly. Where it multiplies bytes, quads(block, i, ...) gives columns 8i .. 8i + 7 of kLanes
+// rows as unsigned bytes, kZero too large, four columns per lane. Scales come after any of them.
 #pragma once
 
 #include "common/pair_tile.h"
@@ -48,6 +49,20 @@ struct Q8Weight {
     return reinterpret_cast<U32>(_mm512_cvtne2ps_pbh(high, low));
   }
 #endif
+#if defined(__AVX512VNNI__)
+  static constexpr int kZero = 128;
+
+  static inline void quads(const uint8_t* block, int eight, U32* first, U32* second) {
+    alignas(64) static constexpr uint16_t kZip[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                                                      8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+    const __m512i zip = _mm512_load_si512(kZip);
+    const auto quad = [&](int i) {  // two pairs of columns lie one behind the other
+      const U32 pairs = load_pairs(block + i * sizeof(U32));
+      return reinterpret_cast<U32>(_mm512_permutexvar_epi16(zip, reinterpret_cast<__m512i>(pairs))) ^ 0x80808080u;
+    };
+    *first = quad(2 * eight), *second = quad(2 * eight + 1);
+  }
+#endif
   static inline void floats(const uint8_t* block, int pair, int part, F32* even, F32* odd) {
     I16 q;
     memcpy(&q, block + (pair * kParts + part) * sizeof q, sizeof q);
@@ -78,6 +93,15 @@ struct Q4Weight {
     const __m512i index = _mm512_srli_epi16(reinterpret_cast<__m512i>(words(block, pair, part)),
                                             static_cast<unsigned>(pair % 4 * 4));
     return reinterpret_cast<U32>(_mm512_permutexvar_epi16(index, _mm512_load_si512(kBf16)));
+  }
+#endif
+#if defined(__AVX512VNNI__)
+  static constexpr int kZero = 0;
+
+  // Columns 0, 4, 1, 5 and 2, 6, 3, 7 of eight: as the nibbles lie.
+  static inline void quads(const uint8_t* block, int eight, U32* first, U32* second) {
+    const U32 both = words(block, 4 * eight, 0);
+    *first = both & 0x0f0f0f0fu, *second = both >> 4 & 0x0f0f0f0fu;
   }
 #endif
   static inline void floats(const uint8_t* block, int pair, int part, F32* even, F32* odd) {

@@ -4,6 +4,7 @@
 #include "packed_linear/by_floats.h"
 #include "packed_linear/by_pairs.h"
 #include "packed_linear/by_tiles.h"
+#include "packed_linear/round.h"
 #include "packed_linear/sums.h"
 
 namespace m3 {
@@ -11,11 +12,11 @@ namespace M3_LEVEL {
 namespace {
 
 #if defined(__AMX_BF16__)
-typedef ByTiles Products;
+typedef ByTiles Exact;
 #elif defined(__AVX512BF16__)
-typedef ByPairs Products;
+typedef ByPairs Exact;
 #else
-typedef ByFloats Products;
+typedef ByFloats Exact;
 #endif
 
 // Sums of one row and tile -> out, as far as the weight has rows.
@@ -32,31 +33,31 @@ inline void write(const M3PackedLinearParams& p, int64_t row, int64_t tile, cons
 }
 
 // Calls take(row, n) after the sums of n rows times `Tiles` tiles are at to(row), `pitch` apart.
-template <class W, int Tiles, class To, class Take>
+template <class By, class W, int Tiles, class To, class Take>
 inline void few_rows(const M3PackedLinearParams& p, int64_t tile, int64_t row, int64_t end, Prefetch& prefetch,
                      const To& to, int64_t pitch, const Take& take) {
-  constexpr int kGroup = Products::kGroup;
+  constexpr int kGroup = By::kGroup;
   while (row < end) {
     const int64_t left = end - row;
     int n = 1;
     if (kGroup >= 8 && left >= 8)
-      Products::direct<W, kGroup, Tiles>(p, tile, row, prefetch, to(row), pitch), n = kGroup;
+      By::template direct<W, kGroup, Tiles>(p, tile, row, prefetch, to(row), pitch), n = kGroup;
     else if (kGroup >= 4 && left >= 4)
-      Products::direct<W, kGroup >= 8 ? kGroup / 2 : kGroup, Tiles>(p, tile, row, prefetch, to(row), pitch), n = 4;
+      By::template direct<W, kGroup >= 8 ? kGroup / 2 : kGroup, Tiles>(p, tile, row, prefetch, to(row), pitch), n = 4;
     else if (left >= 2)
-      Products::direct<W, 2, Tiles>(p, tile, row, prefetch, to(row), pitch), n = 2;
+      By::template direct<W, 2, Tiles>(p, tile, row, prefetch, to(row), pitch), n = 2;
     else
-      Products::direct<W, 1, Tiles>(p, tile, row, prefetch, to(row), pitch);
+      By::template direct<W, 1, Tiles>(p, tile, row, prefetch, to(row), pitch);
     take(row, n);
     row += n;
   }
 }
 
-template <class W, int Tiles>
+template <class By, class W, int Tiles>
 void few_rows(const M3PackedLinearParams& p, int64_t tile, Prefetch& prefetch) {
   constexpr int kPitch = Tiles * M3_PACKED_ROWS;
-  alignas(64) float sum[Products::kGroup * kPitch];
-  few_rows<W, Tiles>(
+  alignas(64) float sum[By::kGroup * kPitch];
+  few_rows<By, W, Tiles>(
       p, tile, 0, p.count, prefetch, [&](int64_t) { return sum; }, kPitch,
       [&](int64_t row, int n) {
         for (int m = 0; m < n; ++m)
@@ -64,21 +65,21 @@ void few_rows(const M3PackedLinearParams& p, int64_t tile, Prefetch& prefetch) {
       });
 }
 
-template <class W>
+template <class By, class W>
 void few_rows(const M3PackedLinearParams& p, int64_t begin, int64_t end) {
   // Where products take longer than reading, callers cut their tiles into small pieces: look beyond this one.
   Prefetch prefetch(p.weight, begin, p.count >= 4 ? m3_packed_tiles(&p.weight) : end);
   int64_t tile = begin;
-  if constexpr (Products::kDirectTiles == 2)
-    if (p.count >= Products::kGroup)
-      for (; tile + 2 <= end; tile += 2) few_rows<W, 2>(p, tile, prefetch);
-  for (; tile < end; ++tile) few_rows<W, 1>(p, tile, prefetch);
+  if constexpr (By::kDirectTiles == 2)
+    if (p.count >= By::kGroup)
+      for (; tile + 2 <= end; tile += 2) few_rows<By, W, 2>(p, tile, prefetch);
+  for (; tile < end; ++tile) few_rows<By, W, 1>(p, tile, prefetch);
 }
 
-template <class W>
+template <class By, class W>
 void many_rows(const M3PackedLinearParams& p, int64_t begin, int64_t end) {
   alignas(64) float sum[kSumRows * kSumTiles * M3_PACKED_ROWS];
-  typename Products::Panel<W> panel;
+  typename By::template Panel<W> panel;
   const int64_t passes = (p.count + kSumRows - 1) / kSumRows, each = (p.count + passes - 1) / passes;
   for (int64_t row = 0; row < p.count; row += each) {
     const int64_t rows = p.count - row < each ? p.count - row : each;
@@ -92,65 +93,68 @@ void many_rows(const M3PackedLinearParams& p, int64_t begin, int64_t end) {
   }
 }
 
-template <class W>
+template <class By, class W>
 void sums(const M3PackedLinearParams& p, const int64_t* tiles, int count, int64_t row, int64_t rows, float* sum,
           int64_t pitch) {
-  if (p.count > Products::kDirect) {
-    typename Products::Panel<W> panel;
+  if (p.count > By::kDirect) {
+    typename By::template Panel<W> panel;
     return panel.run(p, tiles, count, row, rows, sum, pitch);
   }
   for (int t = 0; t < count; ++t) {
     Prefetch prefetch(p.weight, tiles[t], m3_packed_tiles(&p.weight));
     const auto to = [&](int64_t at) { return sum + (at - row) * pitch + t * M3_PACKED_ROWS; };
-    few_rows<W, 1>(p, tiles[t], row, row + rows, prefetch, to, pitch, [](int64_t, int) {});
+    few_rows<By, W, 1>(p, tiles[t], row, row + rows, prefetch, to, pitch, [](int64_t, int) {});
   }
 }
 
+// How products are made of these activations and weights: body(products, weight).
 template <class Body>
-inline void with_format(m3_weight_format format, const Body& body) {
-  switch (format) {
-    case M3_WEIGHT_BF16: return body(Bf16Weight{});
-    case M3_WEIGHT_Q8_0: return body(Q8Weight{});
-    case M3_WEIGHT_Q4_1: return body(Q4Weight{});
+inline void with_products(const M3PackedLinearParams& p, const Body& body) {
+#if defined(__AVX512VNNI__) && !defined(__AMX_BF16__)
+  if (p.activations == M3_ACTIVATIONS_MXINT8)
+    return p.weight.format == M3_WEIGHT_Q8_0 ? body(ByBytes{}, Q8Weight{}) : body(ByBytes{}, Q4Weight{});
+#endif
+  switch (p.weight.format) {
+    case M3_WEIGHT_BF16: return body(Exact{}, Bf16Weight{});
+    case M3_WEIGHT_Q8_0: return body(Exact{}, Q8Weight{});
+    case M3_WEIGHT_Q4_1: return body(Exact{}, Q4Weight{});
   }
 }
 
 template <class T>
-void pack_rows(const T* x, int64_t stride, int64_t count, int64_t cols, uint16_t* out, float* sums) {
+void pack_rows(const T* x, int64_t stride, int64_t count, const M3PackedRows& to, int64_t row) {
   for (int64_t m = 0; m < count; ++m)
-    for (int64_t b = 0; b < cols / M3_PACKED_COLS; ++b) {
-      BF16* to = reinterpret_cast<BF16*>(out + m * cols + b * M3_PACKED_COLS);
-      F32 total = {};
-      for (int i = 0; i < M3_PACKED_COLS; i += kLanes) {
-        store(to + i, load(x + m * stride + b * M3_PACKED_COLS + i));
-        total += load(to + i);
-      }
-      if (sums != nullptr) sums[m * (cols / M3_PACKED_COLS) + b] = sum(total);
+    for (int64_t b = 0; b < to.cols / M3_PACKED_COLS; ++b) {
+      F32 v[kBlockParts];
+      for (int i = 0; i < kBlockParts; ++i) v[i] = load(x + m * stride + b * M3_PACKED_COLS + i * kLanes);
+      store_block(to, row + m, b, v);
     }
 }
 
 }  // namespace
 
 void packed_linear(const M3PackedLinearParams& p, int64_t begin, int64_t end) {
-  with_format(p.weight.format, [&](auto format) {
-    using W = decltype(format);
-    if (p.count <= Products::kDirect)
-      few_rows<W>(p, begin, end);
+  with_products(p, [&](auto products, auto weight) {
+    using By = decltype(products);
+    using W = decltype(weight);
+    if (p.count <= By::kDirect)
+      few_rows<By, W>(p, begin, end);
     else
-      many_rows<W>(p, begin, end);
+      many_rows<By, W>(p, begin, end);
   });
 }
 
 void packed_linear_sums(const M3PackedLinearParams& p, const int64_t* tiles, int count, int64_t row, int64_t rows,
                         float* sum, int64_t pitch) {
-  with_format(p.weight.format, [&](auto format) { sums<decltype(format)>(p, tiles, count, row, rows, sum, pitch); });
+  with_products(p, [&](auto products, auto weight) {
+    sums<decltype(products), decltype(weight)>(p, tiles, count, row, rows, sum, pitch);
+  });
 }
 
-void pack_activations(const void* x, m3_dtype dtype, int64_t stride, int64_t count, int64_t cols, uint16_t* out,
-                      float* sums) {
-  with_dtype(dtype, [&](auto tag) {
-    pack_rows(static_cast<const decltype(tag)*>(x), stride, count, cols, out, sums);
-  });
+// x [count, stride] becomes rows [row, row + count).
+void pack_activations(const void* x, m3_dtype dtype, int64_t stride, int64_t count, const M3PackedRows& to,
+                      int64_t row) {
+  with_dtype(dtype, [&](auto tag) { pack_rows(static_cast<const decltype(tag)*>(x), stride, count, to, row); });
 }
 
 }  // namespace M3_LEVEL

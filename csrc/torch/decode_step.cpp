@@ -2,6 +2,7 @@
 
 #include <vector>
 
+#include "torch/linear_args.h"
 #include "torch/records.h"
 
 namespace m3::binding {
@@ -114,7 +115,8 @@ std::tuple<Tensor, Tensor> decode_step(const Tensor& tokens, const Tensor& lengt
                                        const Tensor& weights, const MaybeTensor& mem_kv, const MaybeTensor& mem_slot,
                                        const MaybeTensor& mem_len, const MaybeTensor& mem_bias,
                                        const MaybeTensor& head_map, const MaybeTensor& cu_q,
-                                       const MaybeTensor& cu_chunk, const MaybeTensor& rows, std::string formats, int64_t ffn,
+                                       const MaybeTensor& cu_chunk, const MaybeTensor& rows, std::string formats,
+                                       std::string activations, int64_t ffn,
                                        std::vector<int64_t> memory_layers, int64_t heads, int64_t span, double eps,
                                        double scale, int64_t threads, MaybeTensor profile) {
   M3DecodeStepParams p{};
@@ -141,6 +143,7 @@ std::tuple<Tensor, Tensor> decode_step(const Tensor& tokens, const Tensor& lengt
   const Tensor token = as_contiguous(tokens), length = index_tensor(lengths, "lengths", {p.batch}),
                norm = as_contiguous(norms), turn = as_contiguous(rope);
   const std::vector<M3PackedWeight> packed = packed_weights(weights, formats, p);
+  p.activations = activations_by_name(activations);
   p.tokens = token.const_data_ptr<int64_t>();
   p.lengths = length.const_data_ptr<int32_t>();
   p.embed = static_cast<const uint16_t*>(embed.const_data_ptr());

@@ -1,8 +1,10 @@
 // What the bindings of linear maps on tiles of 16 rows share.
 #pragma once
 
+#include <string>
 #include <vector>
 
+#include "m3/packed_linear.h"
 #include "torch/tensor_args.h"
 
 namespace m3::binding {
@@ -10,6 +12,12 @@ namespace m3::binding {
 inline int64_t columns_of(const Tensor& x) {
   STD_TORCH_CHECK(x.dim() > 0, "x: expected [..., cols], got a number");
   return x.size(x.dim() - 1);
+}
+
+inline m3_activations activations_by_name(const std::string& name) {
+  if (name == "bf16") return M3_ACTIVATIONS_BF16;
+  STD_TORCH_CHECK(name == "mxint8", "activations: expected bf16 or mxint8, got ", name);
+  return M3_ACTIVATIONS_MXINT8;
 }
 
 // kind: what the message says behind the shape.

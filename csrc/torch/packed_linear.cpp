@@ -12,9 +12,13 @@ m3_weight_format format_by_name(const std::string& name) {
   return M3_WEIGHT_Q4_1;
 }
 
-Tensor packed_linear(const Tensor& x, const Tensor& weight, std::string format, int64_t rows, ScalarType out_dtype) {
+Tensor packed_linear(const Tensor& x, const Tensor& weight, std::string format, std::string activations, int64_t rows,
+                     ScalarType out_dtype) {
   M3PackedLinearParams p{};
   p.weight.format = format_by_name(format);
+  p.activations = activations_by_name(activations);
+  STD_TORCH_CHECK(p.activations == M3_ACTIVATIONS_BF16 || p.weight.format != M3_WEIGHT_BF16,
+                  "activations: expected bf16 for weights in bf16, got ", activations);
   p.out_dtype = output_type(out_dtype, "out_dtype");
   const int64_t cols = columns_of(x);
   const m3_dtype type = element_type(x, "x");
@@ -31,15 +35,21 @@ Tensor packed_linear(const Tensor& x, const Tensor& weight, std::string format, 
   p.x_stride = cols, p.out_stride = rows;
   p.x = static_cast<const uint16_t*>(rows_of_x.const_data_ptr());
   // Rows that are bf16 already are read where they lie; q4_1 needs their sums all the same.
-  const bool round = type != M3_BF16, add = p.weight.format == M3_WEIGHT_Q4_1;
+  const bool scale = p.activations == M3_ACTIVATIONS_MXINT8, add = scale || p.weight.format == M3_WEIGHT_Q4_1;
   Tensor rounded, sums;
-  if (round || add) {
+  if (type != M3_BF16 || add) {
+    const int64_t blocks = p.count * (cols / M3_PACKED_COLS);
     rounded = empty_cpu({p.count, cols}, ScalarType::BFloat16);
-    if (add) sums = empty_cpu({p.count, cols / M3_PACKED_COLS}, ScalarType::Float);
-    p.sums = add ? sums.mutable_data_ptr<float>() : nullptr;
-    p.x = static_cast<const uint16_t*>(rounded.const_data_ptr());
-    check(m3_pack_activations(rows_of_x.const_data_ptr(), type, cols, p.count, cols,
-                                  static_cast<uint16_t*>(rounded.mutable_data_ptr()), const_cast<float*>(p.sums)));
+    M3PackedRows to{};
+    to.activations = p.activations, to.format = p.weight.format, to.cols = cols;
+    to.x = static_cast<uint16_t*>(rounded.mutable_data_ptr());
+    if (add) {
+      sums = empty_cpu({scale ? 2 * blocks : blocks}, ScalarType::Float);
+      to.sums = sums.mutable_data_ptr<float>();
+      if (scale) to.scales = to.sums + blocks;
+    }
+    p.x = to.x, p.sums = to.sums, p.scales = to.scales;
+    check(m3_pack_activations(rows_of_x.const_data_ptr(), type, cols, p.count, &to));
   }
   check(m3_packed_linear_cpu(&p));
   return out;

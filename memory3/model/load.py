@@ -11,7 +11,7 @@ from typing import Protocol, overload
 import torch
 from torch import Tensor, nn
 
-from memory3_kernels import PackedWeight, native_reason, pack_blocks, pack_weight
+from memory3_kernels import PackedWeight, mxint8_pays, native_reason, pack_blocks, pack_weight
 from memory3_kernels.packed import BLOCK
 
 from ..config import PRESETS, MemoryConfig, ModelConfig
@@ -146,14 +146,16 @@ def fill(
         check(shown, (packed.rows, packed.cols), want)
         module.packed, module.weight = resident(packed), None
 
+    activations = "mxint8" if mxint8_pays() else "bf16"
+
     def pack(names: Sequence[str]) -> PackedWeight:
         """Blocks as they are where all of them have one format; quantised, or bf16, otherwise."""
         stored = [checkpoint.blocks(n) for n in names] if weights == "checkpoint" else []
         formats = {None if s is None else s[1] for s in stored}
         if len(formats) == 1 and None not in formats:
-            return pack_blocks(torch.cat([s[0] for s in stored]), formats.pop())
+            return pack_blocks(torch.cat([s[0] for s in stored]), formats.pop(), activations)
         dense = torch.cat([checkpoint.tensor(n) for n in names])
-        return pack_weight(dense, "bf16" if weights == "checkpoint" else weights)
+        return pack_weight(dense, "bf16" if weights == "checkpoint" else weights, activations)
 
     put(net, get("model.embed_tokens.weight"), "model.embed_tokens.weight", "embed")
     put(net.norm, get("model.norm.weight"), "model.norm.weight")
@@ -187,7 +189,8 @@ def load_model(
         "checkpoint"  the q8_0, q4_0 and q4_1 blocks of a GGUF file as they are; what else it holds as bf16
         "q8_0", "q4_1"  quantised in groups of 32 (8.5 and 5 bits per weight)
         "auto"        "checkpoint" on a CPU in bfloat16 where there are such blocks and native kernels, else "dense"
-      All but "dense" are for inference, and round activations to bfloat16.
+      All but "dense" are for inference. They round activations to bfloat16, or, where the CPU's fastest products are
+      those of bytes (`memory3_kernels.mxint8_pays`), to 8 bits and a power of two per 32 columns.
     memory: layers, heads, K and opening tokens of explicit memory; default is the preset's, or a trained folder's, else
       `default_memory`.
     adapter: folder of a LoRA adapter that `memory3 train` wrote, or "shipped" for the preset's own. Its memory

@@ -14,7 +14,19 @@ import torch
 from torch import Tensor
 
 from .._registry import BadCase, Case, Cost, Op, register
-from ..packed import BLOCK, FORMATS, LETTERS, TILE, PackedWeights, join_weights, pack_weight, tile_bytes, unpack_weight
+from ..packed import (
+    BLOCK,
+    FORMATS,
+    LETTERS,
+    TILE,
+    PackedWeights,
+    check_activations,
+    join_weights,
+    pack_weight,
+    round_activations,
+    tile_bytes,
+    unpack_weight,
+)
 from . import memory_attention as attention
 from ._attention_args import check_boundaries, check_head_map, check_offsets, check_slot_values, expect_index
 from ._checks import check_range, expect_dtype, expect_shape, expect_unit_stride
@@ -22,9 +34,9 @@ from ._checks import check_range, expect_dtype, expect_shape, expect_unit_stride
 SCHEMA = (
     "(Tensor tokens, Tensor lengths, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor embed, Tensor norms, Tensor rope, "
     "Tensor weights, Tensor? mem_kv=None, Tensor? mem_slot=None, Tensor? mem_len=None, Tensor? mem_bias=None, "
-    "Tensor? head_map=None, Tensor? cu_q=None, Tensor? cu_chunk=None, Tensor? rows=None, *, str formats, int ffn, "
-    "int[] memory_layers, int heads, int span, float eps, float scale, int threads, Tensor(c!)? profile=None) "
-    "-> (Tensor, Tensor)"
+    "Tensor? head_map=None, Tensor? cu_q=None, Tensor? cu_chunk=None, Tensor? rows=None, *, str formats, "
+    "str activations, int ffn, int[] memory_layers, int heads, int span, float eps, float scale, int threads, "
+    "Tensor(c!)? profile=None) -> (Tensor, Tensor)"
 )
 STAGES = ("embed", "norm", "linear", "attention", "ffn", "head", "wait")
 PER_LAYER = 4  # packed weights: queries, keys and values; output; gate and up; down
@@ -64,7 +76,7 @@ def _weight_bytes(rows: int, cols: int, format: str) -> int:
 
 def _check(
     tokens, lengths, k_cache, v_cache, embed, norms, rope, weights, mem_kv, mem_slot, mem_len, mem_bias, head_map,
-    cu_q, cu_chunk, rows, formats, ffn, memory_layers, heads, threads, profile,
+    cu_q, cu_chunk, rows, formats, activations, ffn, memory_layers, heads, threads, profile,
 ) -> list[tuple[int, int, str]]:  # fmt: skip
     """Shapes and dtypes; rows, columns and format of every weight."""
     expect_shape("k_cache", k_cache, -1, -1, -1, -1, -1)
@@ -91,6 +103,7 @@ def _check(
         expect_dtype(name, tensor, exact)
     torch._check(1 <= threads <= 256, lambda: f"threads: expected 1 to 256, got {threads}")
     torch._check(ffn > 0 and ffn % BLOCK == 0, lambda: f"ffn: expected a multiple of {BLOCK}, got {ffn}")
+    check_activations(activations)
     found = _check_weights(weights, formats, _weight_shapes(layers, heads, kv_heads, dim, width, ffn, vocab))
     if mem_kv is not None:
         torch._check(
@@ -158,11 +171,12 @@ def _results(tokens, k_cache, embed, mem_kv, mem_slot, rows) -> tuple[Tensor, Te
 
 def fake(
     tokens, lengths, k_cache, v_cache, embed, norms, rope, weights, mem_kv=None, mem_slot=None, mem_len=None,
-    mem_bias=None, head_map=None, cu_q=None, cu_chunk=None, rows=None, *, formats, ffn, memory_layers, heads, span, eps,
-    scale, threads, profile=None,
+    mem_bias=None, head_map=None, cu_q=None, cu_chunk=None, rows=None, *, formats, activations, ffn,
+    memory_layers, heads, span, eps, scale, threads, profile=None,
 ):  # fmt: skip
     _check(tokens, lengths, k_cache, v_cache, embed, norms, rope, weights, mem_kv, mem_slot, mem_len, mem_bias,
-           head_map, cu_q, cu_chunk, rows, formats, ffn, memory_layers, heads, threads, profile)  # fmt: skip
+           head_map, cu_q, cu_chunk, rows, formats, activations, ffn, memory_layers, heads, threads,
+           profile)  # fmt: skip
     return _results(tokens, k_cache, embed, mem_kv, mem_slot, rows)
 
 
@@ -203,11 +217,12 @@ def _check_values(
 
 def reference(
     tokens, lengths, k_cache, v_cache, embed, norms, rope, weights, mem_kv=None, mem_slot=None, mem_len=None,
-    mem_bias=None, head_map=None, cu_q=None, cu_chunk=None, rows=None, *, formats, ffn, memory_layers, heads, span, eps,
-    scale, threads, profile=None,
+    mem_bias=None, head_map=None, cu_q=None, cu_chunk=None, rows=None, *, formats, activations, ffn,
+    memory_layers, heads, span, eps, scale, threads, profile=None,
 ):  # fmt: skip
     shapes = _check(tokens, lengths, k_cache, v_cache, embed, norms, rope, weights, mem_kv, mem_slot, mem_len, mem_bias,
-                    head_map, cu_q, cu_chunk, rows, formats, ffn, memory_layers, heads, threads, profile)  # fmt: skip
+                    head_map, cu_q, cu_chunk, rows, formats, activations, ffn, memory_layers, heads, threads,
+                    profile)  # fmt: skip
     cuts, chunks = _check_values(tokens, lengths, k_cache, embed, rope, mem_kv, mem_slot, mem_len, head_map, cu_q,
                                  cu_chunk, rows, memory_layers, span)  # fmt: skip
     layers, batch, _, kv_heads, dim = k_cache.shape
@@ -219,7 +234,9 @@ def reference(
     def linear(x: Tensor, index: int) -> Tensor:
         out, cols, format = shapes[index]
         packed = weights[begins[index] : begins[index + 1]].view(-1, tile_bytes(cols, format))
-        return x.to(element).to(exact) @ unpack_weight(packed, out, cols, format, exact).T
+        if element is not exact:  # float64 stands for exact arithmetic
+            x = round_activations(x.to(exact), "bf16" if format == "bf16" else activations)
+        return x @ unpack_weight(packed, out, cols, format, exact).T
 
     def norm(x: Tensor, index: int) -> Tensor:
         return x * (x.square().mean(-1, keepdim=True) + eps).rsqrt() * norms[index]
@@ -269,7 +286,8 @@ def reference(
     return logits, mass
 
 
-def _sample(batch, layers=2, heads=4, kv_heads=2, dim=16, width=64, ffn=96, vocab=50, format="bf16", memory=(),
+def _sample(batch, layers=2, heads=4, kv_heads=2, dim=16, width=64, ffn=96, vocab=50, format="bf16",
+            activations="bf16", memory=(),
             refs=2, bias=False, mapped=False, lengths=None, capacity=24, threads=1, span=0, full=0, new=None,
             chunk=None, rows=None):  # fmt: skip
     """`full`: every sequence has its own `refs` records of so many tokens; else some of four of up to three tokens.
@@ -287,7 +305,7 @@ def _sample(batch, layers=2, heads=4, kv_heads=2, dim=16, width=64, ffn=96, voca
         shapes = [(wide + 2 * kv_heads * dim, width), (width, wide), (2 * ffn, width), (width, ffn)] * layers
         formats = [format] * len(shapes) + ["q8_0" if format == "q4_1" else format]
         weights, _ = join_weights([
-            pack_weight(draw(rows, cols, factor=cols**-0.5, to=torch.float32), name)
+            pack_weight(draw(rows, cols, factor=cols**-0.5, to=torch.float32), name, activations)
             for name, (rows, cols) in zip(formats, [*shapes, (vocab, width)], strict=True)
         ])  # fmt: skip
         have = [(7 * b + 5) % capacity for b in range(batch)] if lengths is None else lengths
@@ -320,7 +338,8 @@ def _sample(batch, layers=2, heads=4, kv_heads=2, dim=16, width=64, ffn=96, voca
             args += [None if o is None else torch.tensor(o, dtype=torch.int32) for o in (cu_q, cu_chunk)]
             args += [None if rows is None else torch.tensor(rows)]
         kwargs = {"memory_layers": list(memory), "heads": heads, "span": span, "eps": 1e-5, "scale": dim**-0.5}
-        return tuple(args), {**kwargs, "formats": weights.formats, "ffn": ffn, "threads": threads}
+        kwargs |= {"formats": weights.formats, "activations": activations, "ffn": ffn, "threads": threads}
+        return tuple(args), kwargs
 
     return make
 
@@ -329,6 +348,14 @@ def cases():
     for format in FORMATS:
         yield Case(f"B1-{format}", _sample(1, format=format))
         yield Case(f"B3-memory-{format}", _sample(3, format=format, memory=(1,), span=5, threads=2))
+    # Eight bits of activations, where the truth is exact ones.
+    bytes_, coarse = {"activations": "mxint8"}, {"slack": 3.0}
+    for format in ("q8_0", "q4_1"):
+        yield Case(f"B3-memory-{format}-mxint8", _sample(3, format=format, memory=(1,), span=5, threads=2, **bytes_),
+                   **coarse)  # fmt: skip
+        yield Case(f"B3-prompt-{format}-mxint8", _sample(3, format=format, lengths=[0, 4, 1], new=[7, 19, 2], threads=2,
+                                                         memory=(1,), **bytes_), **coarse)  # fmt: skip
+    yield Case("B20-many-rows-mxint8", _sample(20, format="q4_1", memory=(0,), threads=2, **bytes_), **coarse)
     yield Case("B2-memory-bias", _sample(2, memory=(0, 1), bias=True, threads=2))
     yield Case("B2-memory-heads", _sample(2, layers=3, memory=(0, 2), bias=True, mapped=True))
     yield Case("B2-no-refs", _sample(2, memory=(0,), refs=0))
@@ -356,12 +383,19 @@ def cases():
             _sample(1, 30, 9, 3, 64, 576, 1536, 49152, format, lengths=[0], capacity=128, new=[128]),
             slow=True, bench=True,
         )  # fmt: skip
+    yield Case(
+        "smollm2_prompt128-q4_1-mxint8",
+        _sample(1, 30, 9, 3, 64, 576, 1536, 49152, "q4_1", lengths=[0], capacity=128, new=[128], **bytes_),
+        slow=True, bench=True, **coarse,
+    )  # fmt: skip
     for batch in (1, 8):
         for format in FORMATS:
             model = (batch, 30, 9, 3, 64, 576, 1536, 49152, format)
             sizes = {"lengths": [250] * batch, "capacity": 256}
             yield Case(f"smollm2_B{batch}_N256-{format}", _sample(*model, **sizes), slow=True, bench=True)
             if format == "q4_1":
+                rounded = _sample(*model, **sizes, **bytes_)
+                yield Case(f"smollm2_B{batch}_N256-q4_1-mxint8", rounded, slow=True, bench=True, **coarse)
                 read = {"memory": tuple(range(30)), "refs": 5, "full": 32}
                 records = _sample(*model, **sizes, **read)
                 yield Case(f"smollm2_B{batch}_N256-{format}-5x32", records, slow=True, bench=True)
@@ -397,6 +431,7 @@ def bad_cases():
         "formats", broken(formats="bbbbbbbb"), "formats: expected 9 letters, four per layer and the head, got 8"
     )
     yield BadCase("format", broken(formats="bbb?bbbbb"), r"formats\[3\]: expected one of b, 8, 4, got \?")
+    yield BadCase("activations", broken(activations="fp8"), "activations: expected .*bf16.* got fp8")
     yield BadCase("ffn", broken(ffn=90), "ffn: expected a multiple of 32, got 90")
     yield BadCase("heads", broken(heads=6), "weights: expected .* bytes")
     yield BadCase("threads", broken(threads=0), "threads: expected 1 to 256, got 0")
@@ -426,8 +461,8 @@ def bad_cases():
 
 def cost(
     tokens, lengths, k_cache, v_cache, embed, norms, rope, weights, mem_kv=None, mem_slot=None, mem_len=None,
-    mem_bias=None, head_map=None, cu_q=None, cu_chunk=None, rows=None, *, formats, ffn, memory_layers, heads, span, eps,
-    scale, threads, profile=None,
+    mem_bias=None, head_map=None, cu_q=None, cu_chunk=None, rows=None, *, formats, activations, ffn,
+    memory_layers, heads, span, eps, scale, threads, profile=None,
 ) -> Cost:  # fmt: skip
     layers, batch, _, kv_heads, dim = k_cache.shape
     cuts = range(batch + 1) if cu_q is None else cu_q.tolist()
@@ -494,8 +529,9 @@ def decode_step(
 
     One token each, or with `cu_q` any number: prompts, or text appended to what the cache holds. Forward only.
 
-    docs/ops/decode_step.md. The residual stream is float32; what enters a linear map, the cache or attention is
-    rounded to bfloat16. Results do not depend on the number of threads.
+    docs/ops/decode_step.md. The residual stream is float32; what enters the cache, attention or the linear map of a
+    bf16 weight is rounded to bfloat16, what enters other maps as `weights.activations` says. Results do not depend
+    on the number of threads.
 
     Args:
         tokens: int64 [T], those of a sequence after one another; T = B without cu_q.
@@ -530,5 +566,6 @@ def decode_step(
             is out of its range; nothing is written then.
     """
     return OP(tokens, lengths, k_cache, v_cache, embed, norms, rope, weights.data, mem_kv, mem_slot, mem_len, mem_bias,
-              head_map, cu_q, cu_chunk, rows, formats=weights.formats, ffn=ffn, memory_layers=memory_layers,
+              head_map, cu_q, cu_chunk, rows, formats=weights.formats, activations=weights.activations, ffn=ffn,
+              memory_layers=memory_layers,
               heads=heads, span=span, eps=eps, scale=scale, threads=threads, profile=profile)  # fmt: skip

@@ -12,6 +12,7 @@ from memory3.train.config import LoRA
 from memory3.train.export import save_model
 from memory3.train.lora import WEIGHTS, add_lora, lora_state, merge, save_adapter
 from memory3.train.tokenizer import train_tokenizer
+from memory3_kernels import mxint8_pays
 
 from .common import cu, tiny
 
@@ -65,7 +66,7 @@ def test_low_bit_weights_take_an_adapter(saved):
     dense = load_model(folder, torch.float32, adapter=path)
     packed = load_model(folder, torch.bfloat16, weights="q8_0", adapter=path)
     want, got = dense.net(TOKENS, cu(28)), packed.net(TOKENS, cu(28))
-    assert (want - got).norm() / want.norm() < 0.05
+    assert (want - got).norm() / want.norm() < (0.1 if mxint8_pays() else 0.05)
 
 
 def test_bad_adapters_are_named(saved, tmp_path):

@@ -32,13 +32,20 @@ MAPPED = MemoryConfig(
 
 
 def model(memory: MemoryConfig | None = MEMORY, format: str = "dense") -> Llama:
+    format, _, activations = format.partition("-")
+    activations = activations or "bf16"
     net = Llama(CONFIG, memory).init_weights(3, std=0.15).to(torch.bfloat16).eval().requires_grad_(False)
     if format != "dense":
         for block in net.blocks:
             for linear in (block.qkv, block.out, block.gate_up, block.down):
-                linear.packed, linear.weight = pack_weight(linear.weight, format), None
-        net.head.packed, net.head.weight = pack_weight(net.head.weight, "q8_0"), None
+                linear.packed, linear.weight = pack_weight(linear.weight, format, activations), None
+        net.head.packed, net.head.weight = pack_weight(net.head.weight, "q8_0", activations), None
     return net
+
+
+def near(format: str) -> float:
+    """How far two ways may be apart: eight bits of activations round a value at an edge further away."""
+    return 1e-1 if format.endswith("mxint8") else 3e-2
 
 
 def reads(net: Llama, batch: int, bias: bool = False) -> MemoryRead:
@@ -71,7 +78,7 @@ def steps(net: Llama, lengths: list[int], read: MemoryRead | None, count: int = 
     return seen, cache
 
 
-@pytest.mark.parametrize("format", ["dense", "q8_0", "q4_1"])
+@pytest.mark.parametrize("format", ["dense", "q8_0", "q4_1", "q4_1-mxint8"])
 @pytest.mark.parametrize("kind", ["plain", "memory", "bias", "head map"])
 @pytest.mark.parametrize("lengths", [[6], [5, 1, 9], [3] * 17], ids=len)
 def test_one_call_equals_layer_by_layer(monkeypatch, format, kind, lengths):
@@ -83,10 +90,10 @@ def test_one_call_equals_layer_by_layer(monkeypatch, format, kind, lengths):
     expected, want = steps(net, lengths, copy.copy(read))
     assert cache.lengths == want.lengths
     for (logits, mass), (slow, slow_mass) in zip(seen, expected, strict=True):
-        assert rel(logits, slow) < 5e-2
+        assert rel(logits, slow) < near(format)
         if read is not None:
             assert torch.allclose(mass, slow_mass, atol=2e-2)
-    assert rel(cache.k, want.k) < 3e-2 and rel(cache.v, want.v) < 3e-2
+    assert max(rel(cache.k, want.k), rel(cache.v, want.v)) < near(format)
 
 
 def prompts(net: Llama, read: MemoryRead | None, new: list[int], rows: list[int] | None = None):
@@ -97,7 +104,7 @@ def prompts(net: Llama, read: MemoryRead | None, new: list[int], rows: list[int]
     return logits, None if read is None else read.mass, cache
 
 
-@pytest.mark.parametrize("format", ["dense", "q8_0", "q4_1"])
+@pytest.mark.parametrize("format", ["dense", "q8_0", "q4_1", "q4_1-mxint8"])
 @pytest.mark.parametrize("kind", ["plain", "memory", "bias", "head map"])
 @pytest.mark.parametrize("rows", [None, [0, 11, 4]], ids=["last", "rows"])
 def test_prompts_in_one_call_equal_layer_by_layer(monkeypatch, format, kind, rows):
@@ -110,8 +117,8 @@ def test_prompts_in_one_call_equal_layer_by_layer(monkeypatch, format, kind, row
     monkeypatch.setattr(llama, "serves", lambda net: False)
     want, want_mass, want_cache = prompts(net, copy.copy(read), new, rows)
     assert cache.lengths == want_cache.lengths
-    assert rel(got, want) < 5e-2 and (rows is not None or not got[1].any())
-    assert rel(cache.k, want_cache.k) < 3e-2 and rel(cache.v, want_cache.v) < 3e-2
+    assert rel(got, want) < near(format) and (rows is not None or not got[1].any())
+    assert max(rel(cache.k, want_cache.k), rel(cache.v, want_cache.v)) < near(format)
     if read is not None:
         assert mass.shape == want_mass.shape == (33, 3) and torch.allclose(mass, want_mass, atol=2e-2)
 

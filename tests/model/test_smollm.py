@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from memory3 import PRESETS, ContextFull, MemoryConfig, MemoryModel, MemoryRead
-from memory3_kernels import unpack_weight
+from memory3_kernels import mxint8_pays, unpack_weight
 
 from .common import cu, rel
 
@@ -118,8 +118,8 @@ def test_bf16_is_as_close_to_fp32_as_transformers_bf16(parity):
 
 @pytest.mark.slow
 def test_blocks_of_the_file_read_as_well_as_their_dense_weights(parity):
-    """Low-bit weights lose nothing: what differs from fp32 is the rounding of activations to bf16."""
-    assert 0 < parity.error("blocks") <= 1.2 * parity.error("theirs16")
+    """Low-bit weights lose nothing: what differs from fp32 is the rounding of activations, to bf16 or to bytes."""
+    assert 0 < parity.error("blocks") <= (3.0 if mxint8_pays() else 1.2) * parity.error("theirs16")
     assert abs(parity.nll("blocks") / parity.nll("reference") - 1) < 0.01
 
 
@@ -130,9 +130,9 @@ def test_blocks_stay_as_they_are(smollm32, smollm_blocks):
     assert formats == ["q4_1"] * 4 and smollm_blocks.net.head.packed.format == "q8_0"
     for name in ("qkv", "gate_up", "down"):
         packed = getattr(block, name).packed
-        assert torch.equal(unpack_weight(*packed), getattr(dense, name).weight)
+        assert torch.equal(unpack_weight(*packed[:4]), getattr(dense, name).weight)
     head = smollm_blocks.net.head.packed
-    assert torch.equal(unpack_weight(*head), smollm32.net.embed)
+    assert torch.equal(unpack_weight(*head[:4]), smollm32.net.embed)
     assert block.qkv.weight is None  # no second copy
 
 
@@ -149,7 +149,7 @@ def test_greedy_text_is_the_same_from_all_paths(smollm16, smollm_blocks, wiki):
         tokens = torch.tensor(smollm16.prompt_ids(prompt) + ids["dense"][:at])
         with torch.inference_mode():
             best = smollm16.net(tokens, cu(len(tokens)))[-1].topk(2).values
-        assert best[0] - best[1] < 0.5, (prompt, ids)
+        assert best[0] - best[1] < (1.0 if mxint8_pays() else 0.5), (prompt, ids)
 
 
 def test_tokenizer_equals_transformers(smollm_path, smollm16, wiki):

@@ -2,7 +2,8 @@
  *
  * Per layer: RMSNorm, queries, keys and values, RoPE, keys and values into the cache, attention over cache and records,
  * output, RMSNorm, gate and up, silu(gate) up, down. Then the last norm and the head. Layers that are not named read no
- * records. The residual stream is fp32; what enters a linear map or attention is rounded to bf16. */
+ * records. The residual stream is fp32; what enters attention or the linear map of a bf16 weight is rounded to bf16, what enters other
+ * maps as `activations` says (m3/packed_linear.h). */
 #ifndef M3_DECODE_STEP_H
 #define M3_DECODE_STEP_H
 
@@ -41,6 +42,7 @@ typedef struct M3DecodeStepParams {
   const uint16_t* embed;    /* bf16 [V, C] */
   int64_t embed_stride;
   const float* norms;       /* [2 L + 1, C]: before attention, before the feed-forward; the last one before the head */
+  m3_activations activations; /* that meet quantised weights */
   const M3PackedWeight* weights; /* [4 L + 1]: M3_STEP_QKV .. M3_STEP_DOWN of every layer; the head */
   const float* cos;         /* [P, D]; sin carries the sign: x cos + swap_halves(x) sin */
   const float* sin;

@@ -7,7 +7,9 @@
  *   q4_1  block: [4, 16 rows, 2] uint16; bits 4j.. of word [c, r, p] are column 8c + 2j + p; weight = d q + m
  * Values of q8_0 and q4_1 are GGUF's, reordered. Tiles start 64 bytes apart or more: m3_packed_tile_bytes.
  *
- * Activations are rounded to bf16; products are exact and summed in float32. */
+ * Activations are rounded to bf16, or, where the weight is quantised and activations says so, to 8 bits of a block (OCP
+ * Microscaling v1.0, MXINT8): 32 columns of a row are q 2^(e - 6), |q| <= 127, 2^e the largest power of two that none of
+ * them is below in magnitude (e >= -120). Such values are bf16 values, too. Products are exact and summed in float32. */
 #ifndef M3_PACKED_LINEAR_H
 #define M3_PACKED_LINEAR_H
 
@@ -25,6 +27,11 @@ typedef enum m3_weight_format {
   M3_WEIGHT_Q8_0 = 1,
   M3_WEIGHT_Q4_1 = 2,
 } m3_weight_format;
+
+typedef enum m3_activations {
+  M3_ACTIVATIONS_BF16 = 0,
+  M3_ACTIVATIONS_MXINT8 = 1,
+} m3_activations;
 
 typedef struct M3PackedWeight {
   const uint8_t* data;
@@ -53,9 +60,11 @@ static inline int64_t m3_packed_tile_bytes(const M3PackedWeight* w) {
 
 typedef struct M3PackedLinearParams {
   M3PackedWeight weight;
-  const uint16_t* x;  /* bf16 [count, x_stride], 4-byte aligned; x_stride even */
-  int64_t x_stride;
-  const float* sums;  /* [count, cols / 32]: sum of x over each block (m3_pack_activations); only q4_1 reads it */
+  const uint16_t* x;  /* bf16 [count, x_stride], 4-byte aligned; x_stride even. mxint8: what m3_pack_activations wrote */
+  int64_t x_stride;   /* elements */
+  const float* sums;  /* [count, cols / 32]: sum of x over each block (m3_pack_activations); q4_1 and mxint8 read it */
+  const float* scales; /* [count, cols / 32]: 2^(e - 6) (m3_pack_activations); only mxint8 reads it */
+  m3_activations activations; /* bf16 for bf16 weights */
   int64_t count;
   void* out;          /* [count, out_stride] of out_dtype; columns [0, rows) are written */
   m3_dtype out_dtype;
@@ -64,9 +73,19 @@ typedef struct M3PackedLinearParams {
 
 M3_API m3_status m3_packed_linear_cpu(const M3PackedLinearParams* params);
 
-/* x [count, stride] of any element type -> bf16 [count, cols] and, where sums is not null, sums [count, cols / 32]. */
-M3_API m3_status m3_pack_activations(const void* x, m3_dtype dtype, int64_t stride, int64_t count, int64_t cols,
-                                         uint16_t* out, float* sums);
+/* Rows that a weight of some format will be multiplied by. */
+typedef struct M3PackedRows {
+  m3_activations activations;
+  m3_weight_format format;
+  int64_t cols;   /* a multiple of 32 */
+  uint16_t* x;    /* [count, cols]: bf16; mxint8: as the kernels of this machine take it, in no more room */
+  float* sums;    /* [count, cols / 32], or null */
+  float* scales;  /* [count, cols / 32]; null for bf16 */
+} M3PackedRows;
+
+/* x [count, stride] of any element type, rounded. */
+M3_API m3_status m3_pack_activations(const void* x, m3_dtype dtype, int64_t stride, int64_t count,
+                                     const M3PackedRows* out);
 
 #ifdef __cplusplus
 }

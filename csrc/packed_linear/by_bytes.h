@@ -1,0 +1,179 @@
+// Products of bytes, four columns at a time, for mxint8 activations and quantised weights (levels that have an instruction
+// for it and no tile registers): half the products of bf16 pairs. Weights are unsigned bytes, kZero too large, which the
+// sum of a block of x makes good; sums of a block are exact in int32 and in float32.
+#pragma once
+
+#include "packed_linear/formats.h"
+
+namespace m3 {
+namespace M3_LEVEL {
+namespace {
+
+#if defined(__AVX512VNNI__) && !defined(__AMX_BF16__)
+constexpr bool kByteProducts = true;
+
+struct ByBytes {
+  static constexpr int kDirect = 16;  // up to so many rows of x, weights are expanded in registers
+  static constexpr int kGroup = 8;    // rows of x that share an expanded weight there
+  static constexpr int kDirectTiles = 1;
+  static constexpr int kEights = M3_PACKED_COLS / 8;
+  static_assert(kParts == 1);
+
+  // Four columns of a row of x in all lanes; `quad` counts them from the row's first.
+  static inline U32 broadcast(const int8_t* row, int64_t quad) {
+    uint32_t four;
+    memcpy(&four, row + 4 * quad, sizeof four);
+    return four - U32{};
+  }
+
+  static inline void add_products(I32& sum, U32 weights, U32 x) {
+    sum = reinterpret_cast<I32>(_mm512_dpbusd_epi32(reinterpret_cast<__m512i>(sum), reinterpret_cast<__m512i>(weights),
+                                                    reinterpret_cast<__m512i>(x)));
+  }
+
+  static inline const int8_t* row_of(const M3PackedLinearParams& p, int64_t row) {
+    return reinterpret_cast<const int8_t*>(p.x) + row * p.x_stride;
+  }
+
+  // whole + d (x's scale times the sum of a block, less what the weights are too large) + shift (x's sum)
+  template <class W>
+  static inline F32 add_block(F32 whole, I32 part, F32 d, F32 shift, float scale, float sum) {
+    F32 product = __builtin_convertvector(part, F32) * scale;
+    if constexpr (W::kZero != 0) product -= splat(static_cast<float>(W::kZero) * sum);
+    whole += d * product;
+    if constexpr (W::kShifted) whole += shift * sum;
+    return whole;
+  }
+
+  // sum [Rows, pitch] = rows of x from `row` on times a tile.
+  template <class W, int Rows, int Tiles>
+  static void direct(const M3PackedLinearParams& p, int64_t tile, int64_t row, Prefetch& prefetch, float* sum,
+                     int64_t pitch) {
+    static_assert(Tiles == 1);
+    constexpr int kChains = Rows <= 1 ? 4 : Rows <= 2 ? 2 : 1;  // four sums hide a product's latency
+    const int64_t blocks = p.weight.cols / M3_PACKED_COLS;
+    const Tile<W> weights(p.weight, tile);
+    const int8_t* const x = row_of(p, row);
+    const float *scales = p.scales + row * blocks, *sums = p.sums + row * blocks;
+    F32 whole[Rows] = {};
+    for (int64_t b = 0; b < blocks; ++b) {
+      if (row == 0) prefetch.block();
+      const uint8_t* const block = weights.block(b);
+      I32 part[kChains][Rows] = {};
+#pragma GCC unroll 4
+      for (int i = 0; i < kEights; ++i) {
+        U32 w[2];
+        W::quads(block, i, &w[0], &w[1]);
+#pragma GCC unroll 2
+        for (int q = 0; q < 2; ++q)
+#pragma GCC unroll 8
+          for (int m = 0; m < Rows; ++m)
+            add_products(part[(2 * i + q) % kChains][m], w[q], broadcast(x + m * p.x_stride, 2 * (kEights * b + i) + q));
+      }
+      F32 d = {}, shift = {};
+      weights.load_scales(b, 0, &d, &shift);
+#pragma GCC unroll 8
+      for (int m = 0; m < Rows; ++m) {
+        I32 total = part[0][m];
+#pragma GCC unroll 4
+        for (int c = 1; c < kChains; ++c) total += part[c][m];
+        whole[m] = add_block<W>(whole[m], total, d, shift, scales[m * blocks + b], sums[m * blocks + b]);
+      }
+    }
+#pragma GCC unroll 8
+    for (int m = 0; m < Rows; ++m) store(sum + m * pitch, whole[m]);
+  }
+
+  // Expanded weights of up to 256 columns (four tiles of them are 16 KiB: L1), multiplied again and again.
+  template <class W>
+  struct Panel {
+    static constexpr int kTiles = 4, kBlocks = 8;
+    static constexpr int kStep = 6;  // rows of x that are multiplied by it at once
+
+    alignas(64) U32 quads[kBlocks][2 * kEights][kTiles];
+    alignas(64) F32 scale[kBlocks][kTiles], shift[kBlocks][kTiles];
+
+    // sums [rows, pitch] = rows [row, row + rows) of x times `count` tiles.
+    void run(const M3PackedLinearParams& p, const int64_t* tiles, int count, int64_t row, int64_t rows, float* sum,
+             int64_t pitch) {
+      int t = 0;
+      for (; t + kTiles <= count; t += kTiles) run<kTiles>(p, tiles + t, row, rows, sum + t * M3_PACKED_ROWS, pitch);
+      for (; t < count; ++t) run<1>(p, tiles + t, row, rows, sum + t * M3_PACKED_ROWS, pitch);
+    }
+
+   private:
+    template <int Tiles>
+    void run(const M3PackedLinearParams& p, const int64_t* tiles, int64_t row, int64_t rows, float* sum,
+             int64_t pitch) {
+      const int64_t total = p.weight.cols / M3_PACKED_COLS, passes = (total + kBlocks - 1) / kBlocks;
+      const int64_t each = passes > 0 ? (total + passes - 1) / passes : 0;
+      for (int64_t m = 0; m < rows; ++m) memset(sum + m * pitch, 0, sizeof(float) * Tiles * M3_PACKED_ROWS);
+      for (int64_t first = 0; first < total; first += each) {
+        const int64_t blocks = total - first < each ? total - first : each;
+        for (int t = 0; t < Tiles; ++t) expand(Tile<W>(p.weight, tiles[t]), first, blocks, t);
+        multiply_rows<Tiles>(p, row, rows, first, blocks, sum, pitch);
+      }
+    }
+
+    void expand(const Tile<W>& tile, int64_t first, int64_t blocks, int t) {
+      for (int64_t b = 0; b < blocks; ++b) {
+#pragma GCC unroll 4
+        for (int i = 0; i < kEights; ++i)
+          W::quads(tile.block(first + b), i, &quads[b][2 * i][t], &quads[b][2 * i + 1][t]);
+        tile.load_scales(first + b, 0, &scale[b][t], &shift[b][t]);
+      }
+    }
+
+    // sum += Rows rows of x, from block `first` on, times the panel.
+    template <int Rows, int Tiles>
+    void multiply(const M3PackedLinearParams& p, int64_t row, int64_t first, int64_t blocks, float* sum,
+                  int64_t pitch) const {
+      const int64_t total = p.weight.cols / M3_PACKED_COLS;
+      const int8_t* const x = row_of(p, row);
+      const float *scales = p.scales + row * total + first, *sums = p.sums + row * total + first;
+      for (int64_t b = 0; b < blocks; ++b) {
+        I32 part[Rows][Tiles] = {};
+#pragma GCC unroll 8
+        for (int q = 0; q < 2 * kEights; ++q) {
+          U32 w[Tiles];
+#pragma GCC unroll 4
+          for (int v = 0; v < Tiles; ++v) {
+            w[v] = quads[b][q][v];
+            M3_OPAQUE(w[v]);
+          }
+#pragma GCC unroll 8
+          for (int m = 0; m < Rows; ++m) {
+            const U32 a = broadcast(x + m * p.x_stride, 2 * kEights * (first + b) + q);
+#pragma GCC unroll 4
+            for (int v = 0; v < Tiles; ++v) add_products(part[m][v], w[v], a);
+          }
+        }
+#pragma GCC unroll 8
+        for (int m = 0; m < Rows; ++m)
+#pragma GCC unroll 4
+          for (int v = 0; v < Tiles; ++v) {
+            float* const to = sum + m * pitch + v * kLanes;
+            store(to, add_block<W>(load(to), part[m][v], scale[b][v], shift[b][v], scales[m * total + b],
+                                   sums[m * total + b]));
+          }
+      }
+    }
+
+    template <int Tiles>
+    void multiply_rows(const M3PackedLinearParams& p, int64_t row, int64_t rows, int64_t first, int64_t blocks,
+                       float* sum, int64_t pitch) const {
+      int64_t m = 0;
+      for (; m + kStep <= rows; m += kStep) multiply<kStep, Tiles>(p, row + m, first, blocks, sum + m * pitch, pitch);
+      for (; m + 2 <= rows; m += 2) multiply<2, Tiles>(p, row + m, first, blocks, sum + m * pitch, pitch);
+      if (m < rows) multiply<1, Tiles>(p, row + m, first, blocks, sum + m * pitch, pitch);
+    }
+  };
+};
+
+#else
+constexpr bool kByteProducts = false;
+#endif
+
+}  // namespace
+}  // namespace M3_LEVEL
+}  // namespace m3
