@@ -12,6 +12,8 @@ namespace {
 constexpr int64_t kTile = M3_PACKED_ROWS, kBlock = M3_PACKED_COLS;
 constexpr int64_t kShare = 2;         // tiles that stay together: a block of the next linear map's input
 constexpr int64_t kAhead = 64 << 10;  // bytes of the next weight that a waiting member fetches
+constexpr int kStretches = 16;        // of memory that a call of a kernel fetches on the way, at most
+constexpr int64_t kLinesEach = 6;      // of the cache and records, per block of weights and 8 rows: what time is left for
 constexpr int64_t kSpread = 4;        // sequences from which linear maps leave memory idle
 
 // Buffers of a step, cut from one workspace.
@@ -72,54 +74,89 @@ class Ahead {
   const uint8_t *at_, *end_;
 };
 
-// Fetches the records that attention will ask this member for: short pieces far apart, which no hardware prefetcher
-// follows, and which products of several sequences leave the memory idle for.
-class RecordsAhead {
+// What attention will ask a member for: rows of the cache, where products of several sequences leave memory idle, and
+// records, short pieces far apart, which no hardware prefetcher follows.
+class AttentionAhead {
  public:
-  RecordsAhead() = default;
+  AttentionAhead() = default;
 
-  // Of memory layer `memory`, for items [sequence, KV head]: those dealt to this member, and its part of the others.
-  RecordsAhead(const M3DecodeStepParams& p, int64_t memory, const Member& member) : p_(&p), memory_(memory) {
+  // Of a layer, and of memory layer `memory` (below 0: no records), for items [sequence, KV head]: those dealt to this
+  // member, and its part of the others. At most `most` lines, or what the records take.
+  AttentionAhead(const M3DecodeStepParams& p, int64_t layer, int64_t memory, int64_t most, const Member& member)
+      : p_(&p), layer_(layer), memory_(memory), refs_(memory < 0 ? 0 : p.memory.refs) {
     const int64_t items = p.batch * p.kv_heads, dealt = member.count == 1 ? items : member.dealt(items, 1);
     first_ = member.index * dealt, dealt_ = dealt, rest_ = member.count * dealt + member.index, every_ = member.count;
     count_ = dealt + (items > rest_ ? (items - rest_ + every_ - 1) / every_ : 0);
-    for (piece_ = -1; next_piece();) lines_ += (bytes_ + 63) / 64;
-    piece_ = -1, bytes_ = 0;
+    for (piece_ = 2 * count_; find_piece(); ++piece_) lines_ += left_;
+    const int64_t records = lines_;
+    cache_left_ = records < most ? most - records : 0;
+    for (piece_ = 0; piece_ < 2 * count_ && find_piece(); ++piece_) lines_ += piece_ < 2 * count_ ? left_ : 0;
+    piece_ = left_ = 0, cache_left_ = lines_ - records;
   }
 
   int64_t lines() const { return lines_; }
 
-  // The next n lines.
-  void operator()(int64_t n) {
-    for (; n > 0; --n, at_ += 64, bytes_ -= 64) {
-      while (bytes_ <= 0)
-        if (!next_piece()) return;
-      __builtin_prefetch(at_, 0, 2);
+  // The next lines, at most n in at most kStretches; returns how many.
+  int64_t take(int64_t n, M3Lines* to, int64_t* stretches) {
+    int64_t taken = 0;
+    for (*stretches = 0; taken < n && *stretches < kStretches;) {
+      if (left_ == 0 && (p_ == nullptr || !find_piece())) break;
+      const int64_t some = left_ < n - taken ? left_ : n - taken;
+      to[(*stretches)++] = {at_, some};
+      at_ += 64 * some, left_ -= some, taken += some;
+      if (left_ == 0) ++piece_;
     }
+    return taken;
+  }
+
+  // All of it at once.
+  void fetch() {
+    M3Lines line;
+    for (int64_t stretches; take(1, &line, &stretches) > 0;) __builtin_prefetch(line.at, 0, 2);
   }
 
  private:
-  // Keys or values of an item's record. False behind the last.
-  bool next_piece() {
-    if (p_ == nullptr) return false;
-    const M3Records& records = p_->memory;
-    while (++piece_ < count_ * records.refs * 2) {
-      const int64_t i = piece_ / 2 / records.refs, item = i < dealt_ ? first_ + i : rest_ + (i - dealt_) * every_;
-      const int64_t slot = records.slot[item / p_->kv_heads * records.refs + piece_ / 2 % records.refs];
-      const int64_t kv = item % p_->kv_heads;
-      const int64_t head = records.head_map ? records.head_map[memory_ * p_->kv_heads + kv] : kv;
-      if (slot < 0 || head < 0) continue;
-      const int64_t* const stride = piece_ % 2 ? records.v_stride : records.k_stride;
-      at_ = static_cast<const char*>(piece_ % 2 ? records.v : records.k) +
-            2 * (memory_ * p_->memory_stride + slot * stride[0] + head * stride[1]);
-      bytes_ = 2 * records.length[slot] * stride[2];
-      if (bytes_ > 0) return true;
+  // Piece piece_, or the next that there is: keys or values of the sequences' caches, then of every item's records. Those
+  // that are read first come last.
+  bool find_piece() {
+    const int64_t caches = 2 * count_, all = caches * (1 + refs_);
+    for (; piece_ < all; ++piece_) {
+      const bool values = piece_ % 2;
+      const int64_t i = piece_ / 2 - count_, bytes = i < 0 ? cache(piece_ / 2, values) : record(i / refs_, i % refs_, values);
+      left_ = (bytes + 63) / 64;
+      if (i < 0) left_ = left_ < cache_left_ ? left_ : cache_left_, cache_left_ -= left_;
+      if (left_ > 0) return true;
     }
     return false;
   }
 
+  int64_t item(int64_t i) const { return i < dealt_ ? first_ + i : rest_ + (i - dealt_) * every_; }
+
+  // Sets at_; returns bytes. All heads of a sequence, where they lie side by side, once.
+  int64_t cache(int64_t i, bool values) {
+    const int64_t* const stride = values ? p_->v_stride : p_->k_stride;
+    const int64_t b = item(i) / p_->kv_heads;
+    const bool again = i > 0 && item(i - 1) / p_->kv_heads == b;
+    if (again || stride[2] != p_->kv_heads * p_->head_dim) return 0;
+    at_ = reinterpret_cast<const char*>((values ? p_->v_cache : p_->k_cache) + layer_ * stride[0] + b * stride[1]);
+    return 2 * p_->lengths[b] * stride[2];
+  }
+
+  int64_t record(int64_t i, int64_t ref, bool values) {
+    const M3Records& records = p_->memory;
+    const int64_t kv = item(i) % p_->kv_heads, slot = records.slot[item(i) / p_->kv_heads * records.refs + ref];
+    const int64_t head = records.head_map ? records.head_map[memory_ * p_->kv_heads + kv] : kv;
+    if (slot < 0 || head < 0) return 0;
+    const int64_t* const stride = values ? records.v_stride : records.k_stride;
+    at_ = static_cast<const char*>(values ? records.v : records.k) +
+          2 * (memory_ * p_->memory_stride + slot * stride[0] + head * stride[1]);
+    return 2 * records.length[slot] * stride[2];
+  }
+
   const M3DecodeStepParams* p_ = nullptr;
-  int64_t memory_ = 0, first_ = 0, dealt_ = 0, rest_ = 0, every_ = 1, count_ = 0, piece_ = 0, bytes_ = 0, lines_ = 0;
+  int64_t layer_ = 0, memory_ = 0, refs_ = 0;
+  int64_t first_ = 0, dealt_ = 0, rest_ = 0, every_ = 1, count_ = 0;  // of items
+  int64_t lines_ = 0, cache_left_ = 0, piece_ = 0, left_ = 0;
   const char* at_ = nullptr;
 };
 
@@ -130,7 +167,10 @@ class Step {
       : p_(p),
         w_(w),
         member_(member),
-        watch_(member.index == 0 ? p.profile : nullptr) {}
+        watch_(member.index == 0 ? p.profile : nullptr) {
+    for (const int map : {M3_STEP_GATE_UP, M3_STEP_DOWN, M3_STEP_QKV})
+      if (p.layers > 0) map_blocks_ += m3_packed_tiles(&p.weights[map]) * (p.weights[map].cols / kBlock);
+  }
 
   void run() {
     embed();
@@ -138,12 +178,18 @@ class Step {
     const auto reads_records = [&](int64_t layer) {
       return memory < p_.memory_layers && p_.memory_layer[memory] == layer;
     };
-    if (reads_records(0)) records_ahead_ = RecordsAhead(p_, memory, member_);
+    const auto look_ahead = [&](int64_t layer) {
+      owed_ = 0, ahead_ = AttentionAhead();
+      if (layer == p_.layers) return;
+      const int64_t most = p_.batch < kSpread ? 0 : map_blocks_ * p_.batch * kLinesEach / (8 * member_.count);
+      ahead_ = AttentionAhead(p_, layer, reads_records(layer) ? memory : -1, most, member_);
+    };
+    look_ahead(0);
     for (int64_t layer = 0; layer < p_.layers; ++layer) {
       const M3PackedWeight* weights = p_.weights + layer * M3_STEP_LINEARS;
       const bool reads = reads_records(layer);
       norm(2 * layer, weights[M3_STEP_QKV]);
-      if (p_.batch < kSpread) records_ahead_(records_ahead_.lines());
+      if (p_.batch < kSpread) ahead_.fetch();
       linear(weights[M3_STEP_QKV], w_.qkv);
       meet(M3_STEP_LINEAR, weights[M3_STEP_OUT]);
       attention(layer, reads ? memory++ : -1);
@@ -152,10 +198,10 @@ class Step {
       linear_added(weights[M3_STEP_OUT], input_);
       meet(M3_STEP_LINEAR, weights[M3_STEP_GATE_UP], 2);
       norm(2 * layer + 1, weights[M3_STEP_GATE_UP]);
+      look_ahead(layer + 1);
       const M3PackedRows gated = rows_for(p_, weights[M3_STEP_DOWN], w_.gated);
       gate_up(weights[M3_STEP_GATE_UP], gated);
       meet(M3_STEP_FFN, weights[M3_STEP_DOWN]);
-      records_ahead_ = reads_records(layer + 1) ? RecordsAhead(p_, memory, member_) : RecordsAhead();
       linear_added(weights[M3_STEP_DOWN], gated);
       meet(M3_STEP_FFN, weights[M3_STEP_LINEARS]);  // the next layer's first, or the head
     }
@@ -195,35 +241,37 @@ class Step {
     watch_.mark(M3_STEP_NORM);
   }
 
-  // member_.share for tiles of a linear map; with several sequences, records are fetched between the tiles.
+  // member_.share for tiles of a linear map: work(kernel, begin, end) calls kernel(params, begin, end). With several
+  // sequences, what attention reads next is fetched on the way: by all maps from gate and up on, in proportion to their
+  // weights.
   template <class Work>
   void share_fetching(int64_t tiles, const Work& work) {
-    const int64_t lines = records_ahead_.lines();
-    if (p_.batch < kSpread || lines == 0) return member_.share(tiles, kShare, work);
-    // Shares of the next layer's records between the maps before attention: down, and queries, keys and values.
-    const M3PackedWeight* const maps = p_.weights;
-    const int64_t all = m3_packed_tiles(&maps[M3_STEP_DOWN]) + m3_packed_tiles(&maps[M3_STEP_QKV]);
-    const int64_t each = lines * kShare * member_.count / all + 1;
+    const auto kernel = M3_AT_LEVEL(packed_linear);
+    if (p_.batch < kSpread || ahead_.lines() == 0)
+      return member_.share(tiles, kShare, [&](int64_t begin, int64_t end) { work(kernel, begin, end); });
+    const auto fetching = [&](M3PackedLinearParams params, int64_t begin, int64_t end) {
+      owed_ += ahead_.lines() * (end - begin) * (params.weight.cols / kBlock) * member_.count;
+      M3Lines stretches[kStretches];
+      owed_ -= ahead_.take(owed_ / map_blocks_, stretches, &params.stretches) * map_blocks_;
+      params.ahead = stretches;
+      kernel(params, begin, end);
+    };
     member_.share(tiles, kShare, [&](int64_t begin, int64_t end) {
-      for (int64_t at = begin; at < end; at += kShare) {
-        records_ahead_(each);
-        work(at, at + kShare < end ? at + kShare : end);
-      }
+      for (int64_t at = begin; at < end; at += kShare) work(fetching, at, at + kShare < end ? at + kShare : end);
     });
   }
 
   // out [B, rows] = input times weight.
   void linear(const M3PackedWeight& weight, float* out) {
     const M3PackedLinearParams params = linear_of(weight, input_, p_.batch, out);
-    const auto kernel = M3_AT_LEVEL(packed_linear);
-    share_fetching(m3_packed_tiles(&weight), [&](int64_t begin, int64_t end) { kernel(params, begin, end); });
+    share_fetching(m3_packed_tiles(&weight),
+                   [&](const auto& kernel, int64_t begin, int64_t end) { kernel(params, begin, end); });
   }
 
   // Adds x times weight to the residual stream.
   void linear_added(const M3PackedWeight& weight, const M3PackedRows& x) {
     const M3PackedLinearParams params = linear_of(weight, x, p_.batch, w_.added);
-    const auto kernel = M3_AT_LEVEL(packed_linear);
-    share_fetching(m3_packed_tiles(&weight), [&](int64_t begin, int64_t end) {
+    share_fetching(m3_packed_tiles(&weight), [&](const auto& kernel, int64_t begin, int64_t end) {
       kernel(params, begin, end);
       const int64_t at = begin * kTile;
       M3_AT_LEVEL(step_add)({w_.added + at, p_.dim, p_.batch, (end - begin) * kTile, w_.x + at, p_.dim});
@@ -234,9 +282,8 @@ class Step {
   void gate_up(const M3PackedWeight& weight, const M3PackedRows& gated) {
     const M3PackedLinearParams params = linear_of(weight, input_, p_.batch, w_.gate_up);
     const GateRows gate{w_.gate_up, w_.gate_up + p_.ffn, p_.batch, 2 * p_.ffn, gated, 0, 0};
-    const auto kernel = M3_AT_LEVEL(packed_linear);
     const int64_t up = p_.ffn / kTile;
-    member_.share(up, kShare, [&](int64_t begin, int64_t end) {
+    share_fetching(up, [&](const auto& kernel, int64_t begin, int64_t end) {
       kernel(params, begin, end);
       kernel(params, up + begin, up + end);
       M3_AT_LEVEL(step_gate)(gate, begin * kTile, end * kTile);
@@ -307,7 +354,9 @@ class Step {
   const Buffers& w_;
   Member& member_;
   Watch watch_;
-  RecordsAhead records_ahead_;  // of the next layer's attention
+  AttentionAhead ahead_;  // of the next layer's attention
+  int64_t owed_ = 0;      // lines that calls so far left, times map_blocks_
+  int64_t map_blocks_ = 0;  // of the weights of a layer that fetch
   M3PackedRows input_{};        // of this member's present map
 };
 

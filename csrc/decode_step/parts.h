@@ -53,7 +53,7 @@ inline M3PackedRows rows_for(const M3DecodeStepParams& p, const M3PackedWeight& 
 
 // count rows of x times the weight they were made for; out [count, rows of the weight] fp32.
 inline M3PackedLinearParams linear_of(const M3PackedWeight& weight, const M3PackedRows& x, int64_t count, float* out) {
-  return {weight, x.x, weight.cols, x.sums, x.scales, x.activations, count, out, M3_F32, weight.rows};
+  return {weight, x.x, weight.cols, x.sums, x.scales, x.activations, nullptr, 0, count, out, M3_F32, weight.rows};
 }
 
 // The records of memory layer `memory`.

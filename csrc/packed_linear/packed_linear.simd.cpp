@@ -69,6 +69,7 @@ template <class By, class W>
 void few_rows(const M3PackedLinearParams& p, int64_t begin, int64_t end) {
   // Where products take longer than reading, callers cut their tiles into small pieces: look beyond this one.
   Prefetch prefetch(p.weight, begin, p.count >= 4 ? m3_packed_tiles(&p.weight) : end);
+  prefetch.also(p.ahead, p.stretches, (end - begin) * (p.weight.cols / M3_PACKED_COLS));
   int64_t tile = begin;
   if constexpr (By::kDirectTiles == 2)
     if (p.count >= By::kGroup)

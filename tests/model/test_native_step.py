@@ -45,7 +45,7 @@ def model(memory: MemoryConfig | None = MEMORY, format: str = "dense") -> Llama:
 
 def near(format: str) -> float:
     """How far two ways may be apart: eight bits of activations round a value at an edge further away."""
-    return 1e-1 if format.endswith("mxint8") else 3e-2
+    return 1e-1 if format.endswith("mxint8") else 5e-2
 
 
 def reads(net: Llama, batch: int, bias: bool = False) -> MemoryRead:
@@ -93,7 +93,7 @@ def test_one_call_equals_layer_by_layer(monkeypatch, format, kind, lengths):
         assert rel(logits, slow) < near(format)
         if read is not None:
             assert torch.allclose(mass, slow_mass, atol=2e-2)
-    assert max(rel(cache.k, want.k), rel(cache.v, want.v)) < near(format)
+    assert max(rel(cache.k, want.k), rel(cache.v, want.v)) < 0.6 * near(format)
 
 
 def prompts(net: Llama, read: MemoryRead | None, new: list[int], rows: list[int] | None = None):
@@ -118,7 +118,7 @@ def test_prompts_in_one_call_equal_layer_by_layer(monkeypatch, format, kind, row
     want, want_mass, want_cache = prompts(net, copy.copy(read), new, rows)
     assert cache.lengths == want_cache.lengths
     assert rel(got, want) < near(format) and (rows is not None or not got[1].any())
-    assert max(rel(cache.k, want_cache.k), rel(cache.v, want_cache.v)) < near(format)
+    assert max(rel(cache.k, want_cache.k), rel(cache.v, want_cache.v)) < 0.6 * near(format)
     if read is not None:
         assert mass.shape == want_mass.shape == (33, 3) and torch.allclose(mass, want_mass, atol=2e-2)
 

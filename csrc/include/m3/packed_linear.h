@@ -58,6 +58,12 @@ static inline int64_t m3_packed_tile_bytes(const M3PackedWeight* w) {
   return (bytes + 63) / 64 * 64;
 }
 
+/* Cache lines one after the other. */
+typedef struct M3Lines {
+  const char* at;
+  int64_t count;
+} M3Lines;
+
 typedef struct M3PackedLinearParams {
   M3PackedWeight weight;
   const uint16_t* x;  /* bf16 [count, x_stride], 4-byte aligned; x_stride even. mxint8: what m3_pack_activations wrote */
@@ -65,6 +71,8 @@ typedef struct M3PackedLinearParams {
   const float* sums;  /* [count, cols / 32]: sum of x over each block (m3_pack_activations); q4_1 and mxint8 read it */
   const float* scales; /* [count, cols / 32]: 2^(e - 6) (m3_pack_activations); only mxint8 reads it */
   m3_activations activations; /* bf16 for bf16 weights */
+  const M3Lines* ahead; /* [stretches] that will be read soon: fetched on the way where x has few rows */
+  int64_t stretches;
   int64_t count;
   void* out;          /* [count, out_stride] of out_dtype; columns [0, rows) are written */
   m3_dtype out_dtype;
