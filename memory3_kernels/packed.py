@@ -92,17 +92,18 @@ def check_activations(activations: str) -> None:
 def round_activations(x: Tensor, activations: str) -> Tensor:
     """x [..., a multiple of 32], rounded to bf16 values: what kernels multiply, in x's dtype.
 
-    mxint8: 32 columns are q 2^(e - 6), |q| <= 127, where 2^e is the largest power of two that none of them is below
-    (OCP Microscaling v1.0; e >= -120 here). A block with a value that is not finite becomes NaN.
+    mxint8: 32 columns are q 2^(e - 6), |q| <= 127, where 2^e is the largest power of two that is not above the largest of
+    them in magnitude (OCP Microscaling v1.0; e >= -54 here). A block with a value that is not finite, or is 2^112 or
+    more, becomes NaN.
     """
     if activations == "bf16":
         return x.to(torch.bfloat16).to(x.dtype)
     blocks = x.unflatten(-1, (-1, BLOCK))
     top = blocks.abs().amax(-1, keepdim=True)
-    exponent = (torch.frexp(top.double())[1] - 1).clamp_min(-120)
+    exponent = (torch.frexp(top.double())[1] - 1).clamp_min(-54)
     scale = torch.ldexp(torch.ones_like(top, dtype=torch.float64), exponent - 6)
     values = (blocks.double() / scale).round().clamp(-127, 127) * scale
-    return torch.where(top.isfinite(), values, torch.nan).to(x.dtype).flatten(-2)
+    return torch.where(top < 2.0**112, values, torch.nan).to(x.dtype).flatten(-2)
 
 
 def check_format(format: str) -> None:

@@ -96,7 +96,7 @@ def test_mxint8_equals_bf16_on_its_own_values(format, count):
     assert torch.allclose(bytes_, exact, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf, 2.0**112])
 @pytest.mark.parametrize("format", TYPES)
 @pytest.mark.parametrize("count", [1, 40])
 def test_mxint8_keeps_what_is_not_finite(format, count, bad):
@@ -106,12 +106,27 @@ def test_mxint8_keeps_what_is_not_finite(format, count, bad):
     assert out[0].isnan().all() and out[1:].isfinite().all()
 
 
-@pytest.mark.parametrize("scale", [0.0, 1e-45, 1e-38, 1e30])
+@pytest.mark.parametrize("scale", [0.0, 1e-45, 1e-38, 1e-16, 1e30])
 @pytest.mark.parametrize("format", TYPES)
 def test_mxint8_of_tiny_and_huge_values(format, scale):
     weight, x = pack_weight(torch.randn(20, 64) / 64, format, "mxint8"), torch.full((9, 64), scale)
     want = round_activations(x.double(), "mxint8") @ dense(weight).double().T
     assert torch.allclose(packed_linear(x, weight).double(), want, rtol=1e-4, atol=0 if scale > 1 else 1e-38)
+
+
+@pytest.mark.parametrize("count", [1, 40])
+def test_mxint8_with_scales_that_are_no_scales(count):
+    """Blocks of one value have d = 0, a corrupt file's d may be NaN: products of bytes do arithmetic on its exponent."""
+    weight = torch.randn(20, 64)
+    weight[3] = 0.75
+    packed = pack_weight(weight, "q4_1", "mxint8")
+    x = round_activations(torch.randn(count, 64), "mxint8")
+    assert torch.allclose(packed_linear(x, packed), x @ dense(packed).T, rtol=1e-4, atol=1e-5)
+    scales = packed.data[:, 2 * 256 :].view(torch.float16)  # [tile, block, d or m, row]
+    scales[0, 5] = torch.nan
+    scales[0, 7] = torch.inf
+    out = packed_linear(x, packed)
+    assert not out[:, [5, 7]].isfinite().any() and out[:, [0, 3, 6, 19]].isfinite().all()
 
 
 def test_weights_of_one_call_share_their_activations():

@@ -35,19 +35,34 @@ struct ByBytes {
     return reinterpret_cast<const int8_t*>(p.x) + row * p.x_stride;
   }
 
+  // Of a block, for add_block: where a zero point is a shift, x's scale, a power of two, will be added to d's exponent. So
+  // d = 0 is 2^-60 there, and what is not finite goes into the shift.
+  template <class W>
+  static inline void load_scales(const Tile<W>& tile, int64_t b, F32* d, F32* shift) {
+    tile.load_scales(b, 0, d, shift);
+    if constexpr (W::kShifted) {
+      *shift += *d - *d;
+      *d = select(*d == 0.f, splat(0x1p-60f), *d);
+    }
+  }
+
   // whole + d (x's scale times the sum of a block, less what the weights are too large) + shift (x's sum)
   template <class W>
   static inline F32 add_block(F32 whole, I32 part, F32 d, F32 shift, float scale, float sum) {
-    F32 product = __builtin_convertvector(part, F32) * scale;
-    if constexpr (W::kZero != 0) product -= splat(static_cast<float>(W::kZero) * sum);
-    whole += d * product;
-    if constexpr (W::kShifted) whole += shift * sum;
-    return whole;
+    const F32 products = __builtin_convertvector(part, F32);
+    if constexpr (W::kShifted) {
+      int32_t power;
+      memcpy(&power, &scale, sizeof power);
+      constexpr int32_t kOne = 127 << 23;
+      whole += reinterpret_cast<F32>(reinterpret_cast<I32>(d) + (power - kOne)) * products;
+      return whole + shift * sum;  // NaN where the scale is
+    }
+    return whole + d * (products * scale - splat(static_cast<float>(W::kZero) * sum));
   }
 
   // sum [Rows, pitch] = rows of x from `row` on times a tile.
-  template <class W, int Rows, int Tiles>
-  static void direct(const M3PackedLinearParams& p, int64_t tile, int64_t row, Prefetch& prefetch, float* sum,
+  template <class W, int Rows, int Tiles, class Fetch>
+  static void direct(const M3PackedLinearParams& p, int64_t tile, int64_t row, Fetch& prefetch, float* sum,
                      int64_t pitch) {
     static_assert(Tiles == 1);
     constexpr int kChains = Rows <= 1 ? 4 : Rows <= 2 ? 2 : 1;  // four sums hide a product's latency
@@ -71,7 +86,7 @@ struct ByBytes {
             add_products(part[(2 * i + q) % kChains][m], w[q], broadcast(x + m * p.x_stride, 2 * (kEights * b + i) + q));
       }
       F32 d = {}, shift = {};
-      weights.load_scales(b, 0, &d, &shift);
+      load_scales(weights, b, &d, &shift);
 #pragma GCC unroll 8
       for (int m = 0; m < Rows; ++m) {
         I32 total = part[0][m];
@@ -120,7 +135,7 @@ struct ByBytes {
 #pragma GCC unroll 4
         for (int i = 0; i < kEights; ++i)
           W::quads(tile.block(first + b), i, &quads[b][2 * i][t], &quads[b][2 * i + 1][t]);
-        tile.load_scales(first + b, 0, &scale[b][t], &shift[b][t]);
+        load_scales(tile, first + b, &scale[b][t], &shift[b][t]);
       }
     }
 

@@ -23,8 +23,8 @@ struct ByFloats {
   }
 
   // sum [Rows, pitch] = rows of x from `row` on times a tile.
-  template <class W, int Rows, int Tiles>
-  static void direct(const M3PackedLinearParams& p, int64_t tile, int64_t row, Prefetch& prefetch, float* sum,
+  template <class W, int Rows, int Tiles, class Fetch>
+  static void direct(const M3PackedLinearParams& p, int64_t tile, int64_t row, Fetch& prefetch, float* sum,
                      int64_t pitch) {
     static_assert(Tiles == 1);
     alignas(64) static constexpr Columns kDown = down<W>();

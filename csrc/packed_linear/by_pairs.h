@@ -52,8 +52,8 @@ struct ByPairs {
   }
 
   // sum [Rows, pitch] = rows of x from `row` on times Tiles tiles.
-  template <class W, int Rows, int Tiles>
-  static void direct(const M3PackedLinearParams& p, int64_t tile, int64_t row, Prefetch& prefetch, float* sum,
+  template <class W, int Rows, int Tiles, class Fetch>
+  static void direct(const M3PackedLinearParams& p, int64_t tile, int64_t row, Fetch& prefetch, float* sum,
                      int64_t pitch) {
     constexpr int kSide = Tiles * kParts;
     // An addition takes longer than a product's turn: few sums are cut into chains.

@@ -17,8 +17,8 @@ struct ByTiles {
   // A product of tiles takes as long for one row as for sixteen.
   static constexpr int kDirect = 2, kGroup = 2, kDirectTiles = 1;
 
-  template <class W, int Rows, int Tiles>
-  static void direct(const M3PackedLinearParams& p, int64_t tile, int64_t row, Prefetch& prefetch, float* sum,
+  template <class W, int Rows, int Tiles, class Fetch>
+  static void direct(const M3PackedLinearParams& p, int64_t tile, int64_t row, Fetch& prefetch, float* sum,
                      int64_t pitch) {
     ByPairs::direct<W, Rows, Tiles>(p, tile, row, prefetch, sum, pitch);
   }

@@ -140,9 +140,6 @@ struct Tile {
 struct Prefetch {
   const int64_t step;
   const uint8_t *at, *stop, *end;
-  // Something else, spread over all blocks: many lines at once would have to wait for one another, and products for them.
-  const M3Lines *other = nullptr, *behind = nullptr;
-  int64_t next = 0, each = 0;
 
   Prefetch(const M3PackedWeight& w, int64_t tile, int64_t last)
       : step(m3_packed_block_bytes(w.format) + m3_packed_scale_bytes(w.format)),
@@ -150,20 +147,32 @@ struct Prefetch {
         stop(at),
         end(w.data + last * m3_packed_tile_bytes(&w)) {}
 
-  void also(const M3Lines* stretches, int64_t count, int64_t blocks) {
-    int64_t lines = 0;
-    for (int64_t i = 0; i < count; ++i) lines += stretches[i].count;
-    other = stretches, behind = stretches + count, each = blocks > 0 ? (lines + blocks - 1) / blocks : 0;
-  }
-
   void block() {
     stop += step;
     for (; at < stop && at < end; at += 64) __builtin_prefetch(at, 0, 2);
-    for (int64_t n = each; n > 0 && other < behind;) {
-      if (next < other->count)
-        __builtin_prefetch(other->at + 64 * next++, 0, 2), --n;
+  }
+};
+
+// The same, and something else, spread over the blocks of a call: many lines at once would have to wait for one another,
+// and products for them. A type of its own, since what it needs costs the other registers and a tenth of its speed.
+struct PrefetchBoth : Prefetch {
+  const M3Lines *now, *last;
+  int64_t next = 0, each;
+
+  PrefetchBoth(const Prefetch& weights, const M3PackedLinearParams& p, int64_t blocks)
+      : Prefetch(weights), now(p.ahead), last(p.ahead + p.stretches) {
+    int64_t lines = 0;
+    for (int64_t i = 0; i < p.stretches; ++i) lines += p.ahead[i].count;
+    each = blocks > 0 ? (lines + blocks - 1) / blocks : 0;
+  }
+
+  void block() {
+    Prefetch::block();
+    for (int64_t n = each; n > 0 && now < last;) {
+      if (next < now->count)
+        __builtin_prefetch(now->at + 64 * next++, 0, 2), --n;
       else
-        ++other, next = 0;
+        ++now, next = 0;
     }
   }
 };

@@ -33,8 +33,8 @@ inline void write(const M3PackedLinearParams& p, int64_t row, int64_t tile, cons
 }
 
 // Calls take(row, n) after the sums of n rows times `Tiles` tiles are at to(row), `pitch` apart.
-template <class By, class W, int Tiles, class To, class Take>
-inline void few_rows(const M3PackedLinearParams& p, int64_t tile, int64_t row, int64_t end, Prefetch& prefetch,
+template <class By, class W, int Tiles, class Fetch, class To, class Take>
+inline void few_rows(const M3PackedLinearParams& p, int64_t tile, int64_t row, int64_t end, Fetch& prefetch,
                      const To& to, int64_t pitch, const Take& take) {
   constexpr int kGroup = By::kGroup;
   while (row < end) {
@@ -53,8 +53,8 @@ inline void few_rows(const M3PackedLinearParams& p, int64_t tile, int64_t row, i
   }
 }
 
-template <class By, class W, int Tiles>
-void few_rows(const M3PackedLinearParams& p, int64_t tile, Prefetch& prefetch) {
+template <class By, class W, int Tiles, class Fetch>
+void few_rows(const M3PackedLinearParams& p, int64_t tile, Fetch& prefetch) {
   constexpr int kPitch = Tiles * M3_PACKED_ROWS;
   alignas(64) float sum[By::kGroup * kPitch];
   few_rows<By, W, Tiles>(
@@ -65,16 +65,23 @@ void few_rows(const M3PackedLinearParams& p, int64_t tile, Prefetch& prefetch) {
       });
 }
 
-template <class By, class W>
-void few_rows(const M3PackedLinearParams& p, int64_t begin, int64_t end) {
-  // Where products take longer than reading, callers cut their tiles into small pieces: look beyond this one.
-  Prefetch prefetch(p.weight, begin, p.count >= 4 ? m3_packed_tiles(&p.weight) : end);
-  prefetch.also(p.ahead, p.stretches, (end - begin) * (p.weight.cols / M3_PACKED_COLS));
+template <class By, class W, class Fetch>
+void few_rows(const M3PackedLinearParams& p, int64_t begin, int64_t end, Fetch prefetch) {
   int64_t tile = begin;
   if constexpr (By::kDirectTiles == 2)
     if (p.count >= By::kGroup)
       for (; tile + 2 <= end; tile += 2) few_rows<By, W, 2>(p, tile, prefetch);
   for (; tile < end; ++tile) few_rows<By, W, 1>(p, tile, prefetch);
+}
+
+template <class By, class W>
+void few_rows(const M3PackedLinearParams& p, int64_t begin, int64_t end) {
+  // Where products take longer than reading, callers cut their tiles into small pieces: look beyond this one.
+  const Prefetch prefetch(p.weight, begin, p.count >= 4 ? m3_packed_tiles(&p.weight) : end);
+  if (p.stretches > 0)
+    few_rows<By, W>(p, begin, end, PrefetchBoth(prefetch, p, (end - begin) * (p.weight.cols / M3_PACKED_COLS)));
+  else
+    few_rows<By, W>(p, begin, end, prefetch);
 }
 
 template <class By, class W>

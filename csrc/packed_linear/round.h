@@ -27,18 +27,19 @@ inline float float_of(int32_t bits) {
   return x;
 }
 
-// q = v over a power of two, to nearest, at most 127; returns that power, NaN where v is not finite.
+// q = v over a power of two, to nearest, at most 127; returns that power, NaN where v is not finite or 2^112 or more.
 inline float round_to_bytes(F32 (&v)[kBlockParts], I32 (&q)[kBlockParts]) {
   I32 top = {};
   for (int i = 0; i < kBlockParts; ++i) top = larger(top, reinterpret_cast<I32>(v[i]) & 0x7fffffff);
-  constexpr int kLeast = 7;  // as a float's exponent: the scale and its inverse stay normal numbers
+  // As a float's exponent: that power times any scale of a weight is a normal number.
+  constexpr int kLeast = 127 - 54, kMost = 127 + 112;
   const int exponent = largest(top) >> 23, used = exponent < kLeast ? kLeast : exponent;
   const float inverse = float_of((260 - used) << 23);
   for (int i = 0; i < kBlockParts; ++i) {
     q[i] = round_lanes(v[i] * inverse);
     q[i] = smaller(larger(q[i], I32{} - 127), I32{} + 127);
   }
-  return exponent == 255 ? __builtin_nanf("") : float_of((used - 6) << 23);
+  return exponent >= kMost ? __builtin_nanf("") : float_of((used - 6) << 23);
 }
 
 #if defined(__AVX512VNNI__) && !defined(__AMX_BF16__)

@@ -8,8 +8,9 @@
  * Values of q8_0 and q4_1 are GGUF's, reordered. Tiles start 64 bytes apart or more: m3_packed_tile_bytes.
  *
  * Activations are rounded to bf16, or, where the weight is quantised and activations says so, to 8 bits of a block (OCP
- * Microscaling v1.0, MXINT8): 32 columns of a row are q 2^(e - 6), |q| <= 127, 2^e the largest power of two that none of
- * them is below in magnitude (e >= -120). Such values are bf16 values, too. Products are exact and summed in float32. */
+ * Microscaling v1.0, MXINT8): 32 columns of a row are q 2^(e - 6), |q| <= 127, 2^e the largest power of two that is not
+ * above the largest of them in magnitude (e >= -54); NaN where one is not finite, or 2^112 or more. Such values are bf16
+ * values, too. Products are exact and summed in float32. */
 #ifndef M3_PACKED_LINEAR_H
 #define M3_PACKED_LINEAR_H
 
