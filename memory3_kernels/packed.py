@@ -92,8 +92,8 @@ def check_activations(activations: str) -> None:
 def round_activations(x: Tensor, activations: str) -> Tensor:
     """x [..., a multiple of 32], rounded to bf16 values: what kernels multiply, in x's dtype.
 
-    mxint8: 32 columns are q 2^(e - 6), |q| <= 127, where 2^e is the largest power of two that is not above the largest of
-    them in magnitude (OCP Microscaling v1.0; e >= -54 here). A block with a value that is not finite, or is 2^112 or
+    mxint8: 32 columns are q 2^(e - 6), |q| <= 127, where 2^e is the largest power of two that is not above the largest
+    of them in magnitude (OCP Microscaling v1.0; e >= -54 here). A block with a value that is not finite, or is 2^112 or
     more, becomes NaN.
     """
     if activations == "bf16":

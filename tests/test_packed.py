@@ -116,7 +116,7 @@ def test_mxint8_of_tiny_and_huge_values(format, scale):
 
 @pytest.mark.parametrize("count", [1, 40])
 def test_mxint8_with_scales_that_are_no_scales(count):
-    """Blocks of one value have d = 0, a corrupt file's d may be NaN: products of bytes do arithmetic on its exponent."""
+    """Blocks of one value have d = 0, a corrupt file may have NaN: products of bytes do arithmetic on its exponent."""
     weight = torch.randn(20, 64)
     weight[3] = 0.75
     packed = pack_weight(weight, "q4_1", "mxint8")
