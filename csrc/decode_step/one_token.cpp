@@ -13,7 +13,7 @@ constexpr int64_t kTile = M3_PACKED_ROWS, kBlock = M3_PACKED_COLS;
 constexpr int64_t kShare = 2;         // tiles that stay together: a block of the next linear map's input
 constexpr int64_t kAhead = 64 << 10;  // bytes of the next weight that a waiting member fetches
 constexpr int kStretches = 16;        // of memory that a call of a kernel fetches on the way, at most
-constexpr int64_t kLinesEach = 6;      // of the cache and records, per block of weights and 8 rows: what time is left for
+constexpr int64_t kLinesEach = 6;     // cache lines that it fetches per block of weights and 8 rows of x: what it has time for
 constexpr int64_t kSpread = 4;        // sequences from which linear maps leave memory idle
 
 // Buffers of a step, cut from one workspace.
