@@ -82,6 +82,19 @@ SimdLevel simd_level() {
   return static_cast<SimdLevel>(level);
 }
 
+bool far_is_faster() {
+#if defined(M3_HAVE_X86_LEVELS)
+  // Zen 3 and 4: few misses of their first-level cache are on the way at once (docs/ops/memory_decode.md).
+  static const bool far = [] {
+    __builtin_cpu_init();
+    return __builtin_cpu_is("amdfam19h") != 0;
+  }();
+  return far;
+#else
+  return false;
+#endif
+}
+
 void parallel_range(int64_t n, int64_t grain, m3_range_fn body, void* context) {
   if (n <= 0) return;
   const m3_parallel_fn hook = parallel_hook.load(std::memory_order_relaxed);

@@ -161,7 +161,7 @@ __attribute__((flatten)) inline void pair_dot_rows(const uint32_t* a, int64_t ld
     const auto fetch = [&](int d) {
       if constexpr (Step::kFetches)
 #pragma GCC unroll 16
-        for (int n = 0; n < kKeys; ++n) __builtin_prefetch(ahead + (kKeys * d / kPairRow + n) * 64);
+        for (int n = 0; n < kKeys; ++n) __builtin_prefetch(ahead + (kKeys * d / kPairRow + n) * 64, 0, Step::kLocality);
     };
     int d = 0;
     for (; d + kPairRow <= dim; d += kPairRow) {

@@ -10,6 +10,9 @@ enum class SimdLevel { kNone = 0, kAvx2 = 1, kAvx512 = 2, kAvx512Bf16 = 3, kAmx 
 
 SimdLevel simd_level();
 
+// Whether memory that is read in long stretches arrives faster in the second-level cache than in the first one.
+bool far_is_faster();
+
 }  // namespace m3
 
 #if defined(M3_HAVE_X86_LEVELS)

@@ -8,6 +8,7 @@
 
 #include "common/attention_columns.h"
 #include "common/row_blocks.h"
+#include "common/simd.h"
 #include "m3/memory_decode.h"
 
 namespace m3 {
@@ -31,9 +32,12 @@ struct CacheSide {
 // A third of a first-level cache of 48 KB: room for what is worked on, for what comes next and for the queries.
 constexpr int kStageBytes = 16384;
 
-// Memory on its way to the first-level cache while something else is worked on: rows of `span` bytes.
+// Memory on its way to the first-level cache, or (Far) to the second, while something else is worked on: rows of `span`
+// bytes.
+template <bool Far>
 struct Ahead {
   static constexpr bool kFetches = true;
+  static constexpr int kLocality = Far ? 2 : 3;
   const char* row = nullptr;
   int64_t pitch = 0;
   int span = 0, at = 0, left = 0;
@@ -52,7 +56,7 @@ struct Ahead {
     open_page(64 * n);
     if (at + 64 * n <= span) {
 #pragma GCC unroll 16
-      for (int i = 0; i < n; ++i) __builtin_prefetch(row + at + 64 * i);
+      for (int i = 0; i < n; ++i) __builtin_prefetch(row + at + 64 * i, 0, kLocality);
       advance(n);
     } else {
       by_line(n);
@@ -75,7 +79,7 @@ struct Ahead {
   // Apart from the loops of products, whose registers it would take.
   __attribute__((noinline)) void by_line(int n) {
     for (; n > 0 && left > 0; --n) {
-      __builtin_prefetch(row + at);
+      __builtin_prefetch(row + at, 0, kLocality);
       at += 64;
       if (at >= span) next_row();
     }
@@ -110,7 +114,7 @@ inline int stage_rows(int64_t bytes_per_row) {
 // Takes the visible cache rows of sequence b into the tile: `heads` KV heads from `head` on, `rows` x `group` vectors
 // each; the block's first row sees `limit` cache rows. Keys of up to kBlock rows stage by stage, then their values; at
 // every stage the next one is on its way.
-template <class T>
+template <class T, bool Far>
 void consume_cache(const M3MemoryDecodeParams& p, int64_t b, int64_t head, int heads, int64_t limit, int rows,
                    int group, QueryTile& tile) {
   const int32_t* pages = p.block_table ? p.block_table + b * p.max_pages : nullptr;
@@ -125,14 +129,14 @@ void consume_cache(const M3MemoryDecodeParams& p, int64_t b, int64_t head, int h
 
   const auto ahead_of = [&](const CacheSide<T>& side, int64_t width, int64_t at, int64_t end) {
     const int n = end - at < step ? static_cast<int>(end - at) : step;
-    return n > 0 ? Ahead::rows(side.row(at), side.stride[1], width, n) : Ahead{};
+    return n > 0 ? Ahead<Far>::rows(side.row(at), side.stride[1], width, n) : Ahead<Far>{};
   };
   for (int64_t at = 0; at < keys; at += kBlock) {
     const int count = static_cast<int>(keys - at < kBlock ? keys - at : kBlock);
     const int64_t end = at + count;
     for (int s = 0; s < count; s += step) {
       const int n = count - s < step ? count - s : step;
-      Ahead next = s + n < count ? ahead_of(k, k_width, at + s + n, end) : ahead_of(v, v_width, at, end);
+      Ahead<Far> next = s + n < count ? ahead_of(k, k_width, at + s + n, end) : ahead_of(v, v_width, at, end);
       const T* first = k.row(at + s);
       for (int h = 0; h < heads; ++h)
         few_scores<T>(tile, h * m, m, [&](int j) { return first + h * p.k_stride[2] + j * p.k_stride[1]; }, n, s,
@@ -143,7 +147,7 @@ void consume_cache(const M3MemoryDecodeParams& p, int64_t b, int64_t head, int h
     absorb<kByPairs<T>>(tile, 0, tile.m, count);
     for (int s = 0; s < count; s += step) {
       const int n = count - s < step ? count - s : step;
-      Ahead next = s + n < count ? ahead_of(v, v_width, at + s + n, end) : ahead_of(k, k_width, end, keys);
+      Ahead<Far> next = s + n < count ? ahead_of(v, v_width, at + s + n, end) : ahead_of(k, k_width, end, keys);
       const T* first = v.row(at + s);
       for (int h = 0; h < heads; ++h)
         few_values<T>(tile, h * m, m, [&](int j) { return first + h * p.v_stride[2] + j * p.v_stride[1]; }, n, s,
@@ -211,6 +215,7 @@ template <class T, bool Mixed, class Read>
 void for_each_decode_item(const M3MemoryDecodeParams& p, const RowBlocks& blocks, int64_t begin, int64_t end,
                           const Read& read) {
   const int group = static_cast<int>(p.heads / p.kv_heads), dim = static_cast<int>(p.dim);
+  const bool far = far_is_faster();
   QueryTile tile;
   for (int64_t item = begin; item < end;) {
     const int64_t head = item % p.kv_heads, place = item / p.kv_heads, b = place / blocks.count;
@@ -239,7 +244,8 @@ void for_each_decode_item(const M3MemoryDecodeParams& p, const RowBlocks& blocks
     }
     read(tile, heads, m, b, head);
     if (m <= kFewRows)
-      consume_cache<T>(p, b, head, heads, limit, rows, group, tile);
+      far ? consume_cache<T, true>(p, b, head, heads, limit, rows, group, tile)
+          : consume_cache<T, false>(p, b, head, heads, limit, rows, group, tile);
     else
       for_each_cache_block<T>(p, b, head, limit, rows, group, [&](const KeyBlock<T>& block, const int* seen) {
         consume(tile, 0, tile.m, block, seen);
