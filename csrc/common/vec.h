@@ -223,6 +223,24 @@ inline F32 dot_pairs(F32 sum, U32 a, U32 b) {
 #endif
 }
 
+// ---- four bytes per lane ---------------------------------------------------------------------------------------------
+
+inline uint32_t four_at(const void* p) {
+  uint32_t four;
+  memcpy(&four, p, sizeof four);
+  return four;
+}
+
+inline U32 all_lanes(uint32_t four) { return four - U32{}; }
+
+#if defined(__AVX512VNNI__)
+// sum + the products of unsigned bytes of a and signed ones of b, lane by lane.
+inline I32 dot_bytes(I32 sum, U32 a, U32 b) {
+  return reinterpret_cast<I32>(_mm512_dpbusd_epi32(reinterpret_cast<__m512i>(sum), reinterpret_cast<__m512i>(a),
+                                                   reinterpret_cast<__m512i>(b)));
+}
+#endif
+
 inline F32 select(I32 mask, F32 yes, F32 no) { return mask ? yes : no; }
 
 inline F32 max(F32 a, F32 b) { return a > b ? a : b; }  // one instruction, which `select` is not

@@ -87,10 +87,10 @@ class AttentionAhead {
     const int64_t items = p.batch * p.kv_heads, dealt = member.count == 1 ? items : member.dealt(items, 1);
     first_ = member.index * dealt, dealt_ = dealt, rest_ = member.count * dealt + member.index, every_ = member.count;
     count_ = dealt + (items > rest_ ? (items - rest_ + every_ - 1) / every_ : 0);
-    for (piece_ = 2 * count_; find_piece(); ++piece_) lines_ += left_;
+    for (piece_ = caches(); find_piece(all()); ++piece_) lines_ += left_;
     const int64_t records = lines_;
     cache_left_ = records < most ? most - records : 0;
-    for (piece_ = 0; piece_ < 2 * count_ && find_piece(); ++piece_) lines_ += piece_ < 2 * count_ ? left_ : 0;
+    for (piece_ = 0; find_piece(caches()); ++piece_) lines_ += left_;
     piece_ = left_ = 0, cache_left_ = lines_ - records;
   }
 
@@ -100,7 +100,7 @@ class AttentionAhead {
   int64_t take(int64_t n, M3Lines* to, int64_t* stretches) {
     int64_t taken = 0;
     for (*stretches = 0; taken < n && *stretches < kStretches;) {
-      if (left_ == 0 && (p_ == nullptr || !find_piece())) break;
+      if (left_ == 0 && !find_piece(all())) break;
       const int64_t some = left_ < n - taken ? left_ : n - taken;
       to[(*stretches)++] = {at_, some};
       at_ += 64 * some, left_ -= some, taken += some;
@@ -116,11 +116,14 @@ class AttentionAhead {
   }
 
  private:
-  // Piece piece_, or the next that there is: keys or values of the sequences' caches, then of every item's records. Those
-  // that are read first come last.
-  bool find_piece() {
-    const int64_t caches = 2 * count_, all = caches * (1 + refs_);
-    for (; piece_ < all; ++piece_) {
+  // Pieces are keys or values: of the sequences' caches, then of every item's records. Those that are read first come
+  // last.
+  int64_t caches() const { return 2 * count_; }
+  int64_t all() const { return caches() * (1 + refs_); }
+
+  // Piece piece_, or the next below `end` that there is.
+  bool find_piece(int64_t end) {
+    for (; piece_ < end; ++piece_) {
       const bool values = piece_ % 2;
       const int64_t i = piece_ / 2 - count_, bytes = i < 0 ? cache(piece_ / 2, values) : record(i / refs_, i % refs_, values);
       left_ = (bytes + 63) / 64;
@@ -354,9 +357,9 @@ class Step {
   const Buffers& w_;
   Member& member_;
   Watch watch_;
-  AttentionAhead ahead_;  // of the next layer's attention
-  int64_t owed_ = 0;      // lines that calls so far left, times map_blocks_
-  int64_t map_blocks_ = 0;  // of the weights of a layer that fetch
+  AttentionAhead ahead_;        // of the next layer's attention
+  int64_t owed_ = 0;            // lines that calls so far left, times map_blocks_
+  int64_t map_blocks_ = 0;      // of the weights of a layer that fetch
   M3PackedRows input_{};        // of this member's present map
 };
 

@@ -8,14 +8,6 @@ namespace m3 {
 namespace M3_LEVEL {
 namespace {
 
-inline uint32_t four_at(const void* p) {
-  uint32_t four;
-  memcpy(&four, p, sizeof four);
-  return four;
-}
-
-inline U32 all_lanes(uint32_t four) { return four - U32{}; }
-
 #if defined(__AVX512VNNI__)
 
 constexpr int kRowsAtOnce = 6, kTilesAtOnce = 4;
@@ -29,8 +21,7 @@ struct Values {
   explicit Values(const void* p) : bytes(all_lanes(four_at(p))) {}
 };
 inline void add_products(I32& sum, const Weights& w, const Values& x) {
-  sum = reinterpret_cast<I32>(_mm512_dpbusd_epi32(reinterpret_cast<__m512i>(sum), reinterpret_cast<__m512i>(x.bytes),
-                                                  reinterpret_cast<__m512i>(w.bytes)));
+  sum = dot_bytes(sum, x.bytes, w.bytes);
 }
 
 #else

@@ -9,8 +9,7 @@ namespace m3 {
 namespace M3_LEVEL {
 namespace {
 
-#if defined(__AVX512VNNI__) && !defined(__AMX_BF16__)
-constexpr bool kByteProducts = true;
+#if defined(M3_BYTE_PRODUCTS)
 
 struct ByBytes {
   static constexpr int kDirect = 16;  // up to so many rows of x, weights are expanded in registers
@@ -20,19 +19,21 @@ struct ByBytes {
   static_assert(kParts == 1);
 
   // Four columns of a row of x in all lanes; `quad` counts them from the row's first.
-  static inline U32 broadcast(const int8_t* row, int64_t quad) {
-    uint32_t four;
-    memcpy(&four, row + 4 * quad, sizeof four);
-    return four - U32{};
-  }
-
-  static inline void add_products(I32& sum, U32 weights, U32 x) {
-    sum = reinterpret_cast<I32>(_mm512_dpbusd_epi32(reinterpret_cast<__m512i>(sum), reinterpret_cast<__m512i>(weights),
-                                                    reinterpret_cast<__m512i>(x)));
-  }
+  static inline U32 broadcast(const int8_t* row, int64_t quad) { return all_lanes(four_at(row + 4 * quad)); }
 
   static inline const int8_t* row_of(const M3PackedLinearParams& p, int64_t row) {
     return reinterpret_cast<const int8_t*>(p.x) + row * p.x_stride;
+  }
+
+  // A block of x, in the order in which quads() of the format takes columns.
+  static inline void store_bytes(m3_weight_format format, const I32 (&q)[M3_PACKED_COLS / kLanes], int8_t* to) {
+    const __m128i order = _mm_setr_epi8(0, 4, 1, 5, 2, 6, 3, 7, 8, 12, 9, 13, 10, 14, 11, 15);
+    typedef int8_t Bytes __attribute__((vector_size(kLanes)));
+    for (int i = 0; i < M3_PACKED_COLS / kLanes; ++i) {
+      const __m128i bytes = reinterpret_cast<__m128i>(__builtin_convertvector(q[i], Bytes));
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(to + i * kLanes),
+                       format == M3_WEIGHT_Q4_1 ? _mm_shuffle_epi8(bytes, order) : bytes);
+    }
   }
 
   // Of a block, for add_block: where a zero point is a shift, x's scale, a power of two, will be added to d's exponent. So
@@ -82,8 +83,10 @@ struct ByBytes {
 #pragma GCC unroll 2
         for (int q = 0; q < 2; ++q)
 #pragma GCC unroll 8
-          for (int m = 0; m < Rows; ++m)
-            add_products(part[(2 * i + q) % kChains][m], w[q], broadcast(x + m * p.x_stride, 2 * (kEights * b + i) + q));
+          for (int m = 0; m < Rows; ++m) {
+            I32& to = part[(2 * i + q) % kChains][m];
+            to = dot_bytes(to, w[q], broadcast(x + m * p.x_stride, 2 * (kEights * b + i) + q));
+          }
       }
       F32 d = {}, shift = {};
       load_scales(weights, b, &d, &shift);
@@ -160,7 +163,7 @@ struct ByBytes {
           for (int m = 0; m < Rows; ++m) {
             const U32 a = broadcast(x + m * p.x_stride, 2 * kEights * (first + b) + q);
 #pragma GCC unroll 4
-            for (int v = 0; v < Tiles; ++v) add_products(part[m][v], w[v], a);
+            for (int v = 0; v < Tiles; ++v) part[m][v] = dot_bytes(part[m][v], w[v], a);
           }
         }
 #pragma GCC unroll 8
@@ -185,9 +188,7 @@ struct ByBytes {
   };
 };
 
-#else
-constexpr bool kByteProducts = false;
-#endif
+#endif  // M3_BYTE_PRODUCTS
 
 }  // namespace
 }  // namespace M3_LEVEL

@@ -8,6 +8,11 @@
 #include "common/pair_tile.h"
 #include "m3/packed_linear.h"
 
+// Bytes are multiplied where the level has an instruction for it and no tile registers.
+#if defined(__AVX512VNNI__) && !defined(__AMX_BF16__)
+#define M3_BYTE_PRODUCTS
+#endif
+
 namespace m3 {
 namespace M3_LEVEL {
 namespace {
@@ -49,7 +54,7 @@ struct Q8Weight {
     return reinterpret_cast<U32>(_mm512_cvtne2ps_pbh(high, low));
   }
 #endif
-#if defined(__AVX512VNNI__)
+#if defined(M3_BYTE_PRODUCTS)
   static constexpr int kZero = 128;
 
   static inline void quads(const uint8_t* block, int eight, U32* first, U32* second) {
@@ -95,7 +100,7 @@ struct Q4Weight {
     return reinterpret_cast<U32>(_mm512_permutexvar_epi16(index, _mm512_load_si512(kBf16)));
   }
 #endif
-#if defined(__AVX512VNNI__)
+#if defined(M3_BYTE_PRODUCTS)
   static constexpr int kZero = 0;
 
   // Columns 0, 4, 1, 5 and 2, 6, 3, 7 of eight: as the nibbles lie.

@@ -118,7 +118,7 @@ void sums(const M3PackedLinearParams& p, const int64_t* tiles, int count, int64_
 // How products are made of these activations and weights: body(products, weight).
 template <class Body>
 inline void with_products(const M3PackedLinearParams& p, const Body& body) {
-#if defined(__AVX512VNNI__) && !defined(__AMX_BF16__)
+#if defined(M3_BYTE_PRODUCTS)
   if (p.activations == M3_ACTIVATIONS_MXINT8)
     return p.weight.format == M3_WEIGHT_Q8_0 ? body(ByBytes{}, Q8Weight{}) : body(ByBytes{}, Q4Weight{});
 #endif

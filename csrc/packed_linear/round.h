@@ -42,21 +42,6 @@ inline float round_to_bytes(F32 (&v)[kBlockParts], I32 (&q)[kBlockParts]) {
   return exponent >= kMost ? __builtin_nanf("") : float_of((used - 6) << 23);
 }
 
-#if defined(__AVX512VNNI__) && !defined(__AMX_BF16__)
-// In the order in which quads() of the format takes columns.
-inline void store_bytes(m3_weight_format format, const I32 (&q)[kBlockParts], int8_t* to) {
-  const __m128i order = _mm_setr_epi8(0, 4, 1, 5, 2, 6, 3, 7, 8, 12, 9, 13, 10, 14, 11, 15);
-  typedef int8_t Bytes __attribute__((vector_size(kLanes)));
-  for (int i = 0; i < kBlockParts; ++i) {
-    const __m128i bytes = reinterpret_cast<__m128i>(__builtin_convertvector(q[i], Bytes));
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(to + i * kLanes),
-                     format == M3_WEIGHT_Q4_1 ? _mm_shuffle_epi8(bytes, order) : bytes);
-  }
-}
-#else
-inline void store_bytes(m3_weight_format, const I32 (&)[kBlockParts], int8_t*) {}
-#endif
-
 // A block of a row.
 inline void store_block(const M3PackedRows& to, int64_t row, int64_t block, F32 (&v)[kBlockParts]) {
   const int64_t at = row * to.cols + block * M3_PACKED_COLS, index = row * (to.cols / M3_PACKED_COLS) + block;
@@ -76,9 +61,13 @@ inline void store_block(const M3PackedRows& to, int64_t row, int64_t block, F32 
   for (int i = 0; i < kBlockParts; ++i) {
     const F32 whole = __builtin_convertvector(q[i], F32);
     total += whole;
-    if constexpr (!kByteProducts) store(x + i * kLanes, whole * scale);
+#if !defined(M3_BYTE_PRODUCTS)
+    store(x + i * kLanes, whole * scale);
+#endif
   }
-  if constexpr (kByteProducts) store_bytes(to.format, q, reinterpret_cast<int8_t*>(to.x) + at);
+#if defined(M3_BYTE_PRODUCTS)
+  ByBytes::store_bytes(to.format, q, reinterpret_cast<int8_t*>(to.x) + at);
+#endif
   to.sums[index] = sum(total) * scale, to.scales[index] = scale;
 }
 
