@@ -7,7 +7,8 @@
 Products, all inside `memory3_kernels/lib/` but the last:
     libm3_cpu.so     csrc/common and csrc/<op>: no torch; `*.simd.cpp` once per SIMD level
     libm3_torch.so   csrc/torch: LibTorch stable ABI (floor 2.11), loads under any later torch
-    _numpy.*.so      csrc/numpy: pybind11, one per Python version (beside the package's modules)
+    _direct.abi3.so  csrc/python: calls of libm3_torch's kernels beside torch's dispatcher (beside the package's modules)
+    _numpy.*.so      csrc/numpy: pybind11, one per Python version (there, too)
 and where nvcc is found (_build/cuda_build.py has the variables):
     libm3_cuda_cu13.so    csrc/**/*.cu: nvcc alone, the CUDA runtime inside, no torch; named after CUDA's major version
     libm3_torch_cuda.so   csrc/torch/cuda: g++ alone, stable ABI; loads without a GPU or a driver, under any torch
@@ -157,7 +158,7 @@ def build(
     lib_dir = package_dir.resolve() / "lib"
 
     core = []
-    for source in sorted(p for p in CSRC.glob("*/*.cpp") if p.parent.name not in ("torch", "numpy")):
+    for source in sorted(p for p in CSRC.glob("*/*.cpp") if p.parent.name not in ("torch", "python", "numpy")):
         if source.name.endswith(".simd.cpp"):
             for level, flags in levels.items():
                 # -Wno-psabi: vectors never cross a translation unit. -Wno-...uninitialized: GCC 12's own intrinsics.
@@ -178,11 +179,14 @@ def build(
         f"-L{lib_dir}", "-lm3_cpu", f"-L{torch_dir}/lib", "-ltorch_cpu", "-lc10", here, "-Wl,-z,defs"],
         after=(libcpu,))  # fmt: skip
 
-    sources = sorted((CSRC / "numpy").glob("*.cpp"))
-    if sources and not emulate_avx512:
+    if not emulate_avx512:
         import pybind11
 
-        flags = [*binding, "-isystem", pybind11.get_include(), "-isystem", sysconfig.get_paths()["include"]]
+        python = ["-isystem", sysconfig.get_paths()["include"]]
+        objects = [ninja.compile(CSRC / "python" / "direct.cpp", [*common, *python, "-fno-exceptions"])]
+        ninja.link(package_dir.resolve() / "_direct.abi3.so", objects, ["-static-libstdc++", "-static-libgcc"])
+        sources = sorted((CSRC / "numpy").glob("*.cpp"))
+        flags = [*binding, "-isystem", pybind11.get_include(), *python]
         objects = [ninja.compile(source, flags) for source in sources]
         name = "_numpy" + sysconfig.get_config_var("EXT_SUFFIX")
         ninja.link(package_dir.resolve() / name, objects, [f"-L{lib_dir}", "-lm3_cpu", "-Wl,-rpath,'$$ORIGIN/lib'"],

@@ -53,12 +53,10 @@ def emptiest(op: Op, dtype: torch.dtype) -> Case:
     return min((case for case in op.cases() if not case.slow), key=work)
 
 
-def complete(op: Op, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-    """The same call as the op's public function makes it: nothing left out, names in the schema's order."""
+def complete(op: Op, args: tuple, kwargs: dict[str, Any]) -> tuple:
+    """The arguments of the same call as the op's public function makes it: nothing left out, all by position."""
     given = dict(zip(op.names, args, strict=False)) | kwargs
-    values = {name: given.get(name, default) for name, default in zip(op.names, op.defaults, strict=True)}
-    named = {a.name: values.pop(a.name) for a in op.overload._schema.arguments if a.kwarg_only}
-    return tuple(values.values()), named
+    return tuple(given.get(name, default) for name, default in zip(op.names, op.defaults, strict=True))
 
 
 def measure(ops: Sequence[Op], dtype: torch.dtype, rounds: int) -> list[dict[str, Any]]:
@@ -67,14 +65,14 @@ def measure(ops: Sequence[Op], dtype: torch.dtype, rounds: int) -> list[dict[str
     for op in ops:
         of = dtype if dtype in op.dtypes else op.dtypes[0]
         case = emptiest(op, of)
-        calls[op.name] = (op, case.id, *complete(op, *operands(case, of)))
+        calls[op.name] = (op, case.id, complete(op, *operands(case, of)))
     seen: dict[str, list[float]] = {name: [] for name in calls}
     with torch.no_grad():
         for _ in range(rounds + 1):
-            for name, (op, _, args, kwargs) in calls.items():
+            for name, (op, _, args) in calls.items():
                 begin = time.perf_counter()
                 for _ in range(CALLS):
-                    op(*args, **kwargs)
+                    op(*args)
                 seen[name].append((time.perf_counter() - begin) / CALLS)
     return [
         {"op": name, "case": calls[name][1], "us": Summary.of(values[1:]).median * 1e6, "us_low": min(values[1:]) * 1e6}

@@ -7,13 +7,14 @@ kernels for device keys. Tests and benchmarks iterate over `OPS`: nothing about 
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 
 import torch
 
-from . import _backends, triton
+from . import _backends, _load, triton
 
 NAMESPACE = "memory3"
 FORWARD_NAMESPACE = "memory3_forward"
@@ -98,40 +99,53 @@ class Op:
     mutates: tuple[int, ...] = ()
     overload: Callable = field(init=False, repr=False)
     # The same kernels in `memory3_forward`, without autograd's, by position: names take the dispatcher long.
-    # `names`: of all arguments; `defaults`: what stands for one that is left out.
+    # `names`: of all arguments, the first `plain` of them not by keyword alone; `defaults`: for those left out.
     forward: Callable = field(init=False, repr=False)
     names: tuple[str, ...] = field(init=False, repr=False)
+    plain: int = field(init=False, repr=False)
     defaults: tuple = field(init=False, repr=False)
-    known: frozenset[str] = field(init=False, repr=False)
+    # The CPU kernel past the dispatcher, where the call is plain enough; NotImplemented where it is not.
+    direct: Callable = field(init=False, repr=False)
 
     def __call__(self, *args, **kwargs):
-        """Calls the op: through the dispatcher, or a forced backend (`_backends.use_backend`)."""
-        # Where autograd, a tracer, a mode, a transform or a forced backend has no say, the twin without the kernels of
-        # autograd and version counting is called: these are Python functions, which take longer than an empty call.
-        if (
-            _is_compiling()
-            or _forced
-            or (_is_grad_enabled() and _any_requires_grad(*args))
-            or _dispatch_modes()
-            or _transform() is not None
-        ):
+        """Calls the op: straight, through the dispatcher, or a forced backend (`_backends.use_backend`).
+
+        Arguments that the schema has by keyword alone may be given by position, too, as the public functions do.
+        """
+        if not (_is_compiling() or _forced):
+            result = self.direct(*args, **kwargs)
+            return self._dispatch(*args, **kwargs) if result is NotImplemented else result
+        return self._call_with_everything(*args, **kwargs)
+
+    def _dispatch(self, *args, **kwargs):
+        # Where autograd, a mode or a transform has no say, the twin without the kernels of autograd and version
+        # counting is called: these are Python functions, which take longer than an empty call.
+        if (_is_grad_enabled() and _any_requires_grad(*args)) or _dispatch_modes() or _transform() is not None:
             return self._call_with_everything(*args, **kwargs)
         try:
             for i in self.mutates:
                 if not args[i].is_inference():
                     torch._C._increment_version((args[i],))
-            count = len(args)
-            if (*kwargs,) == self.names[count:]:  # as the public functions call: nothing left out, names in order
-                return self.forward(*args, *kwargs.values())
-            if not self.known.issuperset(kwargs):
-                return self.overload(*args, **kwargs)  # which says what is wrong
-            return self.forward(*args, *map(kwargs.get, self.names[count:], self.defaults[count:]))
+            left = self.names[len(args) :]
+            if set(kwargs).issubset(left):
+                return self.forward(*args, *map(kwargs.get, left, self.defaults[len(args) :]))
         except RuntimeError:
             if not _any_float64(args):
                 raise
-        return self.reference(*args, **kwargs)
+            args, kwargs = self._by_name(args, kwargs)
+            return self.reference(*args, **kwargs)
+        args, kwargs = self._by_name(args, kwargs)
+        return self.overload(*args, **kwargs)  # which says what is wrong
+
+    def _by_name(self, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        """The same arguments, by name what the schema has by keyword alone."""
+        if len(args) > len(self.names):  # whoever gets them says so
+            return args, kwargs
+        surplus = dict(zip(self.names[self.plain :], args[self.plain :], strict=False))
+        return args[: self.plain], dict(**surplus, **kwargs)  # refuses what is given twice
 
     def _call_with_everything(self, *args, **kwargs):
+        args, kwargs = self._by_name(args, kwargs)
         backend = _backends.forced(self.name)
         if backend is None and not _any_float64(args):
             return self.overload(*args, **kwargs)
@@ -211,20 +225,20 @@ class Missing:
 def _register_forward(op: Op) -> None:
     arguments = op.overload._schema.arguments
     put = partial(object.__setattr__, op)
-    put("names", tuple(a.name for a in arguments))
+    put("names", tuple(sys.intern(a.name) for a in arguments))  # as the names in calls are
+    put("plain", sum(not a.kwarg_only for a in arguments))
     put("defaults", tuple(a.default_value if a.has_default_value() else Missing for a in arguments))
-    put("known", frozenset(op.names))
     _forward_library.define(op.name + re.sub(r"=None|\*, ", "", op.schema))
     _forward_library.impl(op.name, _by_position(op, op.reference), "CompositeExplicitAutograd")
     _forward_library.impl(op.name, torch.library.fallthrough_kernel, "Autograd")
     torch.library.register_fake(f"{FORWARD_NAMESPACE}::{op.name}", _by_position(op, op.fake), lib=_forward_library)
     put("forward", getattr(getattr(torch.ops, FORWARD_NAMESPACE), op.name).default._op)  # without OpOverload's frame
+    put("direct", _load.direct(op.name, op.names, op.mutates))
 
 
 def _by_position(op: Op, function: Callable) -> Callable:
     """`function`, some of whose arguments have to be named, for a schema in which none is."""
-    named = [a.name for a in op.overload._schema.arguments if a.kwarg_only]
-    plain = len(op.names) - len(named)
+    plain, named = op.plain, op.names[op.plain :]
     return lambda *args: function(*args[:plain], **dict(zip(named, args[plain:], strict=True)))
 
 

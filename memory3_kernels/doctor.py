@@ -87,6 +87,7 @@ def _torch_part() -> dict[str, Any]:
         "torch": torch.__version__,
         "native": {
             "reason": _load.native_reason(),
+            "through_dispatcher": _load.direct_reason(),
             "version": _load.native_version(),
             "libraries": {p.name: str(p) if p.is_file() else None for p in (_load.CPU_LIBRARY, _load.TORCH_LIBRARY)},
         },
@@ -104,14 +105,15 @@ def _torch_part() -> dict[str, Any]:
 def examine() -> dict[str, Any]:
     """The report as plain data: versions, native libraries, SIMD levels, CUDA, numpy module, backend of each op, CPU.
 
-    `report["native"]["reason"]` is None where the native kernels are in use, else why they are not; `report["cuda"]`
-    says the same of the CUDA kernels, and of each device whether they were built for it.
+    `report["native"]["reason"]` is None where the native kernels are in use, else why they are not, and
+    `"through_dispatcher"` where plain calls skip torch's dispatcher, else why they do not; `report["cuda"]` says the
+    same of the CUDA kernels, and of each device whether they were built for it.
     """
     report: dict[str, Any] = {
         "memory3_kernels": memory3_kernels.__version__,
         "python": platform.python_version(),
         "torch": None,
-        "native": {"reason": WITHOUT_TORCH, "version": None, "libraries": {}},
+        "native": {"reason": WITHOUT_TORCH, "through_dispatcher": WITHOUT_TORCH, "version": None, "libraries": {}},
         "simd": {"available": [], "used": None, "note": None},
         "cuda": {"reason": WITHOUT_TORCH, "library": None, "archs": "", "devices": [], "kernels": []},
         "ops": {},
@@ -135,6 +137,9 @@ def render(report: dict[str, Any]) -> str:
         f"native kernels  {'not in use: ' + native['reason'] if native['reason'] else 'in use, ' + native['version']}",
     ]
     lines += [f"  {name:15s} {path or 'missing'}" for name, path in native["libraries"].items()]
+    if not native["reason"]:
+        slow = native["through_dispatcher"]
+        lines.append(f"  {'calls':15s} {f'all through the dispatcher: {slow}' if slow else 'past the dispatcher'}")
     if simd["used"]:
         lines.append(f"SIMD            {simd['used']} (this machine can run: {', '.join(simd['available'])})")
     if simd["note"]:

@@ -42,6 +42,7 @@ def test_with_native_kernels_and_unusable_level():
     text = run_doctor(code=0, M3_SIMD="avx9")
     assert "in use, " in text and "M3_SIMD='avx9' is not one of none, avx2, avx512, avx512bf16, amx" in text
     assert "select_tokens" in text and torch.__version__ in text
+    assert "calls           past the dispatcher" in text
 
 
 def test_report_agrees_with_the_library():

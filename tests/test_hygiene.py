@@ -22,6 +22,9 @@ def name_of(path: Path) -> str:
     return str(path.relative_to(ROOT))
 
 
+BINDINGS = ("torch", "python", "numpy")
+
+
 def folder_of(path: Path) -> str:
     return path.relative_to(CSRC).parts[0]
 
@@ -55,7 +58,7 @@ def test_torch_and_pybind_stay_in_their_folders(path):
         if header.startswith(("torch/csrc", "torch/headeronly", "torch/extension", "ATen/", "c10/")):
             assert folder == "torch", f"{header}: only csrc/torch may know torch"
         if header.startswith("pybind11/") or header == "Python.h":
-            assert folder == "numpy", f"{header}: only csrc/numpy may know Python"
+            assert folder in ("python", "numpy"), f"{header}: only csrc/python and csrc/numpy may know Python"
 
 
 @pytest.mark.parametrize("path", HEADERS, ids=name_of)
@@ -84,7 +87,7 @@ def test_wide_files_use_no_templates_of_the_standard_library(path):
                 queue.append(target)
 
 
-@pytest.mark.parametrize("path", [p for p in NATIVE if folder_of(p) not in ("torch", "numpy")], ids=name_of)
+@pytest.mark.parametrize("path", [p for p in NATIVE if folder_of(p) not in BINDINGS], ids=name_of)
 def test_the_core_never_prints_exits_or_throws(path):
     text = re.sub(r'//[^\n]*|/\*.*?\*/|"[^"\n]*"', "", path.read_text(), flags=re.DOTALL)
     found = re.search(
@@ -134,7 +137,7 @@ def test_each_op_has_its_files():
     ops = {p.stem for p in (ROOT / "memory3_kernels" / "ops").glob("[!_]*.py")}
     launchers = set(re.findall(r"\bm3_(\w+)_cpu\(", "".join(p.read_text() for p in HEADERS)))
     bindings = {p.stem for p in (CSRC / "torch").glob("*.cpp")} - {"module"}
-    folders = {p.name for p in CSRC.iterdir() if p.is_dir()} - {"common", "include", "torch", "numpy"}
+    folders = {p.name for p in CSRC.iterdir() if p.is_dir()} - {"common", "include", *BINDINGS}
     assert ops == bindings == folders == launchers
 
 

@@ -88,7 +88,7 @@ def test_wheel(wheel):
     )
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
-    wanted = {"memory3_kernels/lib/libm3_cpu.so", "memory3_kernels/lib/libm3_torch.so"}
+    wanted = {f"memory3_kernels/{n}" for n in ("lib/libm3_cpu.so", "lib/libm3_torch.so", "_direct.abi3.so")}
     if _cuda.reason() is None:
         wanted |= {f"memory3_kernels/lib/{name}" for name in (_cuda.library_path().name, _cuda.BINDING.name)}
     assert wanted <= set(names)

@@ -16,6 +16,7 @@ m3_status m3_memory_attention_backward_cpu(const M3MemoryAttentionBackwardParams
   M3_CHECK((params->grad_mem_k == nullptr) == (params->grad_mem_v == nullptr),
            "grad_mem_v: expected grad_mem_k and grad_mem_v both given or both null, got one of them");
 
+  if (p.rows == 0) return M3_OK;  // all gradients are as the caller has cleared them
   const m3::RowBlocks rows = m3::row_blocks(p.max_chunk, p.heads / p.kv_heads);
   const auto queries = M3_AT_LEVEL(attention_query_gradient);
   m3::parallel_for(p.memory.chunks * rows.count * p.kv_heads, 1,

@@ -7,7 +7,6 @@
 #include <optional>
 #include <tuple>
 #include <type_traits>
-#include <vector>
 
 #include "torch/tensor.h"
 
@@ -31,24 +30,6 @@ struct Unbox<std::optional<Tensor>> {
     return Unbox<Tensor>::from(found);
   }
 };
-template <>
-struct Unbox<std::vector<Tensor>> {
-  static std::vector<Tensor> from(StableIValue value) {
-    const StableListHandle list = torch::stable::detail::to<StableListHandle>(value);
-    size_t size;
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_list_size(list, &size));
-    std::vector<Tensor> found;
-    found.reserve(size);
-    for (size_t i = 0; i < size; ++i) {
-      StableIValue item;
-      STABLE_TORCH_ERROR_CODE_CHECK(torch_list_get_item(list, i, &item));
-      found.push_back(Unbox<Tensor>::from(item));
-    }
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_delete_list(list));
-    return found;
-  }
-};
-
 inline StableIValue boxed(Tensor&& t) { return torch::stable::detail::from(t.release()); }
 
 inline void put_results(StableIValue* stack, Tensor&& result) { stack[0] = boxed(std::move(result)); }

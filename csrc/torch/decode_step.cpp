@@ -172,7 +172,7 @@ std::tuple<Tensor, Tensor> decode_step(const Tensor& tokens, const Tensor& lengt
   p.logits = logits.mutable_data_ptr<float>();
   p.mass = mass.mutable_data_ptr<float>();
   check(m3_decode_step_cpu(&p));
-  return {logits, mass};
+  return {std::move(logits), std::move(mass)};
 }
 
 }  // namespace

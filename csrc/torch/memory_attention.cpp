@@ -20,7 +20,7 @@ std::tuple<Tensor, Tensor, Tensor> memory_attention(
   p.lse = lse.mutable_data_ptr<float>();
   p.mass = mass.mutable_data_ptr<float>();
   check(m3_memory_attention_cpu(&p));
-  return {out, lse, mass};
+  return {std::move(out), std::move(lse), std::move(mass)};
 }
 
 }  // namespace

@@ -1,5 +1,4 @@
 #include <cstring>
-#include <vector>
 
 #include "torch/memory_attention_backward_args.h"
 
@@ -8,9 +7,7 @@ namespace {
 
 Tensor zeros_like(const Tensor& q, const MaybeTensor& like) {
   if (!like) return empty_cpu({0}, q.scalar_type());
-  std::vector<int64_t> shape;
-  for (int64_t i = 0; i < like->dim(); ++i) shape.push_back(like->size(i));
-  Tensor zeros = empty_cpu(shape, like->scalar_type());
+  Tensor zeros = empty_cpu(like->sizes(), like->scalar_type());
   std::memset(zeros.mutable_data_ptr(), 0, static_cast<size_t>(zeros.numel()) * zeros.element_size());
   return zeros;
 }
@@ -42,7 +39,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> memory_attention_back
   p.grad_mem_v = memory_grad ? grad_mem_v.mutable_data_ptr() : nullptr;
   p.grad_mem_bias = bias_grad ? grad_mem_bias.mutable_data_ptr<float>() : nullptr;
   check(m3_memory_attention_backward_cpu(&p));
-  return {grad_q, grad_k, grad_v, grad_mem_k, grad_mem_v, grad_mem_bias};
+  return {std::move(grad_q),     std::move(grad_k),     std::move(grad_v),
+          std::move(grad_mem_k), std::move(grad_mem_v), std::move(grad_mem_bias)};
 }
 
 }  // namespace

@@ -16,9 +16,9 @@ std::tuple<Tensor, Tensor, Tensor> memory_decode(const Tensor& q, const Tensor& 
       decode_args(args, q, k_cache, v_cache, kv_len, block_table, cu_q, scale, max_q, max_kv);
   dense_records(args.records, q, mem_k, mem_v, mem_slot, mem_len, mem_bias, head_map, p.sequences, p.kv_heads);
   p.memory = args.records.view;
-  auto [out, lse, mass] = decode_outputs(p, q);
+  std::tuple<Tensor, Tensor, Tensor> outputs = decode_outputs(p, q);
   check(m3_memory_decode_cpu(&p));
-  return {out, lse, mass};
+  return outputs;
 }
 
 }  // namespace

@@ -64,7 +64,7 @@ inline std::tuple<Tensor, Tensor, Tensor> decode_outputs(M3MemoryDecodeParams& p
   p.out = out.mutable_data_ptr();
   p.lse = lse.mutable_data_ptr<float>();
   p.mass = mass.mutable_data_ptr<float>();
-  return {out, lse, mass};
+  return {std::move(out), std::move(lse), std::move(mass)};
 }
 
 }  // namespace m3::binding

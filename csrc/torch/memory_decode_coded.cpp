@@ -13,9 +13,9 @@ std::tuple<Tensor, Tensor, Tensor> memory_decode_coded(
                        mem_bias, head_map, k_coarse, k_fine, k_rot, v_coarse, v_fine, v_rot, tokens, scale, max_q,
                        max_kv);
   M3MemoryDecodeCodedParams& p = args.params;
-  auto [out, lse, mass] = decode_outputs(p.decode, q);
+  std::tuple<Tensor, Tensor, Tensor> outputs = decode_outputs(p.decode, q);
   check(m3_memory_decode_coded_cpu(&p));
-  return {out, lse, mass};
+  return outputs;
 }
 
 }  // namespace

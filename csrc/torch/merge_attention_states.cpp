@@ -11,7 +11,7 @@ std::tuple<Tensor, Tensor> merge_attention_states(const Tensor& out_a, const Ten
   Tensor lse = empty_cpu({p.tokens, p.heads}, ScalarType::Float);
   p.out = out.mutable_data_ptr(), p.lse = lse.mutable_data_ptr<float>();
   check(m3_merge_attention_states_cpu(&p));
-  return {out, lse};
+  return {std::move(out), std::move(lse)};
 }
 
 }  // namespace

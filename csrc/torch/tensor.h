@@ -1,5 +1,6 @@
 // A tensor as bindings see it: torch's handle, with sizes and strides at hand. torch::stable::Tensor asks libtorch for
 // every single one and shares ownership; a call of an op has a dozen tensors and looks at each a dozen times.
+// In a direct call (direct.h) there are no handles: arguments are views of DLPack, results blocks of our own.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -7,7 +8,10 @@
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <cstdint>
+#include <cstdlib>
 #include <utility>
+
+#include "python/direct.h"
 
 namespace m3::binding {
 
@@ -30,9 +34,42 @@ inline ScalarType type_of_shim(int32_t type) {
   return torch::stable::detail::to<ScalarType>(torch::stable::detail::from(type));
 }
 
+// Types without a counterpart become Undefined, which no op takes.
+inline ScalarType type_of_dlpack(dlpack::Dtype type) {
+  if (type.lanes != 1) return ScalarType::Undefined;
+  switch (type.code << 8 | type.bits) {
+    case dlpack::kFloat << 8 | 32: return ScalarType::Float;
+    case dlpack::kBFloat << 8 | 16: return ScalarType::BFloat16;
+    case dlpack::kFloat << 8 | 16: return ScalarType::Half;
+    case dlpack::kInt << 8 | 32: return ScalarType::Int;
+    case dlpack::kInt << 8 | 64: return ScalarType::Long;
+    case dlpack::kUInt << 8 | 8: return ScalarType::Byte;
+    default: return ScalarType::Undefined;
+  }
+}
+
+inline dlpack::Dtype dlpack_of_type(ScalarType type) {
+  switch (type) {
+    case ScalarType::Float: return {dlpack::kFloat, 32, 1};
+    case ScalarType::BFloat16: return {dlpack::kBFloat, 16, 1};
+    case ScalarType::Half: return {dlpack::kFloat, 16, 1};
+    case ScalarType::Int: return {dlpack::kInt, 32, 1};
+    case ScalarType::Long: return {dlpack::kInt, 64, 1};
+    case ScalarType::Byte: return {dlpack::kUInt, 8, 1};
+    default: break;
+  }
+  STD_TORCH_CHECK(false, "no result of a direct call has the type ", torch::headeronly::toString(type));
+  return {};
+}
+
 class Tensor {
  public:
   Tensor() = default;
+  // Somebody else's, who outlives this.
+  explicit Tensor(const dlpack::Tensor& view)
+      : plain_(&view), dim_(view.dim), sizes_(view.shape), strides_(view.strides) {}
+  // Takes the block over.
+  explicit Tensor(dlpack::Managed* block) : Tensor(block->tensor) { block_ = block; }
   // Takes the handle over; owned = false: the handle is somebody else's, who outlives this.
   explicit Tensor(AtenTensorHandle handle, bool owned = true) : handle_(handle), owned_(owned) {
     int64_t *sizes, *strides;
@@ -42,7 +79,9 @@ class Tensor {
     sizes_ = sizes, strides_ = strides;
   }
   Tensor(const torch::stable::Tensor& t) : Tensor(duplicate(t.get())) {}
-  Tensor(const Tensor& other) : Tensor(other.handle_ ? Tensor(duplicate(other.handle_)) : Tensor()) {}
+  Tensor(const Tensor& other) : Tensor(other.handle_ ? Tensor(duplicate(other.handle_)) : other.borrow()) {
+    STD_TORCH_CHECK(!other.block_, "a result of a direct call has one owner");
+  }
   Tensor(Tensor&& other) noexcept { swap(other); }
   Tensor& operator=(Tensor other) noexcept {
     swap(other);
@@ -50,10 +89,15 @@ class Tensor {
   }
   ~Tensor() {
     if (handle_ && owned_) aoti_torch_delete_tensor_object(handle_);
+    if (block_) block_->deleter(block_);
   }
 
   operator torch::stable::Tensor() const { return torch::stable::Tensor(duplicate(handle_)); }
-  Tensor borrow() const { return Tensor(handle_, false); }
+  // The same, which must not outlive this.
+  Tensor borrow() const {
+    if (handle_) return Tensor(handle_, false);
+    return plain_ ? Tensor(*plain_) : Tensor();
+  }
   AtenTensorHandle handle() const { return handle_; }
   // The handle for whoever owns it from now on.
   AtenTensorHandle release() {
@@ -61,8 +105,14 @@ class Tensor {
     owned_ = false;
     return given;
   }
+  // The block for whoever calls its deleter from now on.
+  dlpack::Managed* release_block() {
+    STD_TORCH_CHECK(block_, "not a result of a direct call");
+    return std::exchange(block_, nullptr);
+  }
 
   int64_t dim() const { return dim_; }
+  torch::headeronly::IntHeaderOnlyArrayRef sizes() const { return {sizes_, static_cast<size_t>(dim_)}; }
   int64_t size(int64_t i) const { return sizes_[checked(i)]; }
   int64_t stride(int64_t i) const { return strides_[checked(i)]; }
   int64_t numel() const {
@@ -79,21 +129,25 @@ class Tensor {
     return true;
   }
   ScalarType scalar_type() const {
+    if (plain_) return type_of_dlpack(plain_->dtype);
     int32_t type;
     STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(handle_, &type));
     return type_of_shim(type);
   }
   size_t element_size() const {
+    if (plain_) return plain_->dtype.bits / 8;
     int32_t type;
     STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(handle_, &type));
     return aoti_torch_dtype_element_size(type);
   }
   const void* const_data_ptr() const {
+    if (plain_) return plain_data();
     const void* data;
     STABLE_TORCH_ERROR_CODE_CHECK(torch_get_const_data_ptr(handle_, &data));
     return data;
   }
   void* mutable_data_ptr() const {
+    if (plain_) return plain_data();
     void* data;
     STABLE_TORCH_ERROR_CODE_CHECK(torch_get_mutable_data_ptr(handle_, &data));
     return data;
@@ -110,21 +164,26 @@ class Tensor {
 
  private:
   static AtenTensorHandle duplicate(AtenTensorHandle handle) {
+    STD_TORCH_CHECK(handle, "a tensor of a direct call is not torch's");
     AtenTensorHandle made;
     STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_new_tensor_handle(handle, &made));
     return made;
   }
+  void* plain_data() const { return static_cast<char*>(plain_->data) + plain_->byte_offset; }
   int64_t checked(int64_t i) const {
     STD_TORCH_CHECK(i >= 0 && i < dim_, "dimension ", i, " of a tensor that has ", dim_);
     return i;
   }
   void swap(Tensor& other) noexcept {
     std::swap(handle_, other.handle_), std::swap(owned_, other.owned_), std::swap(dim_, other.dim_);
+    std::swap(plain_, other.plain_), std::swap(block_, other.block_);
     std::swap(sizes_, other.sizes_), std::swap(strides_, other.strides_);
   }
 
   AtenTensorHandle handle_ = nullptr;
   bool owned_ = false;
+  const dlpack::Tensor* plain_ = nullptr;  // instead of a handle; of `block_`, where there is one
+  dlpack::Managed* block_ = nullptr;
   int64_t dim_ = 0;
   const int64_t *sizes_ = nullptr, *strides_ = nullptr;
 };
@@ -136,6 +195,31 @@ class Tensor {
 inline Tensor as_contiguous(const Tensor& t) {
   return t.is_contiguous() ? t.borrow() : Tensor(torch::stable::contiguous(t));
 }
+
+// Header, sizes, strides and values in one allocation, uninitialised and contiguous.
+inline dlpack::Managed* new_block(torch::headeronly::IntHeaderOnlyArrayRef shape, ScalarType type) {
+  constexpr size_t kAlign = 64;
+  const auto aligned = [](size_t bytes) { return (bytes + kAlign - 1) / kAlign * kAlign; };
+  const size_t dims = shape.size(), head = aligned(sizeof(dlpack::Managed) + 2 * dims * sizeof(int64_t));
+  const dlpack::Dtype dtype = dlpack_of_type(type);
+  size_t values = 1;
+  for (size_t i = 0; i < dims; ++i) values *= static_cast<size_t>(shape[i]);
+  char* memory = static_cast<char*>(std::aligned_alloc(kAlign, head + aligned(values * dtype.bits / 8)));
+  STD_TORCH_CHECK(memory, "no memory for ", values, " values");
+  auto* block = reinterpret_cast<dlpack::Managed*>(memory);
+  int64_t *sizes = reinterpret_cast<int64_t*>(block + 1), *strides = sizes + dims;
+  int64_t stride = 1;
+  for (size_t i = dims; i-- > 0;) {
+    sizes[i] = shape[i], strides[i] = stride;
+    stride *= shape[i] > 1 ? shape[i] : 1;
+  }
+  *block = {{1, 0}, nullptr, [](dlpack::Managed* own) { std::free(own); }, 0,
+            {memory + head, {dlpack::kCpu, 0}, static_cast<int32_t>(dims), dtype, sizes, strides, 0}};
+  return block;
+}
+
+// Set while a direct call runs (direct.h).
+inline thread_local bool own_results = false;
 
 // Uninitialised and contiguous.
 inline Tensor empty_at(torch::headeronly::IntHeaderOnlyArrayRef shape, ScalarType type, int32_t device_type,
@@ -155,6 +239,7 @@ inline Tensor empty_at(torch::headeronly::IntHeaderOnlyArrayRef shape, ScalarTyp
   return Tensor(made);
 }
 inline Tensor empty_cpu(torch::headeronly::IntHeaderOnlyArrayRef shape, ScalarType type) {
+  if (own_results) return Tensor(new_block(shape, type));
   return empty_at(shape, type, aoti_torch_device_type_cpu(), 0);
 }
 

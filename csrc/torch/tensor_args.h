@@ -9,6 +9,7 @@
 
 #include "m3/api.h"
 #include "torch/box.h"
+#include "torch/direct.h"
 
 namespace m3::binding {
 
@@ -76,11 +77,12 @@ inline void check(m3_status status) { STD_TORCH_CHECK(status == M3_OK, m3_last_e
 }  // namespace m3::binding
 
 // Registers `function` as the CPU kernel of memory3::op, and of its twin without autograd that calls outside of a graph
-// take. The schemas are defined in Python (memory3_kernels/_registry.py).
+// take, and for calls from Python that need no dispatcher. The schemas are defined in Python (memory3_kernels/_registry.py).
 #define M3_REGISTER_CPU(op, function)                            \
   STABLE_TORCH_LIBRARY_IMPL(memory3, CPU, m) {                   \
     m.impl(#op, &::m3::binding::boxed_kernel<&function>);        \
   }                                                              \
   STABLE_TORCH_LIBRARY_IMPL(memory3_forward, CPU, m) {           \
     m.impl(#op, &::m3::binding::boxed_kernel<&function>);        \
-  }
+  }                                                              \
+  [[maybe_unused]] static const bool op##_is_direct = ::m3::binding::add_direct<&function>(#op);

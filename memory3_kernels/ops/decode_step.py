@@ -566,6 +566,5 @@ def decode_step(
             is out of its range; nothing is written then.
     """
     return OP(tokens, lengths, k_cache, v_cache, embed, norms, rope, weights.data, mem_kv, mem_slot, mem_len, mem_bias,
-              head_map, cu_q, cu_chunk, rows, formats=weights.formats, activations=weights.activations, ffn=ffn,
-              memory_layers=memory_layers,
-              heads=heads, span=span, eps=eps, scale=scale, threads=threads, profile=profile)  # fmt: skip
+              head_map, cu_q, cu_chunk, rows, weights.formats, weights.activations, ffn, memory_layers, heads, span,
+              eps, scale, threads, profile)  # fmt: skip

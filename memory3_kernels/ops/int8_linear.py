@@ -132,4 +132,4 @@ def int8_linear(x: Tensor, weight: Int8Weight, gelu: bool = False, out_dtype: to
     Raises:
         RuntimeError: shapes or dtypes do not match, or x requires a gradient.
     """
-    return OP(x, weight.data, rows=weight.rows, gelu=gelu, out_dtype=out_dtype or x.dtype)
+    return OP(x, weight.data, weight.rows, gelu, out_dtype or x.dtype)

@@ -198,4 +198,4 @@ def memory_attention(
         RuntimeError: shapes or dtypes do not match, or (CPU) a value of an index tensor is out of its range.
     """
     return OP(q, k, v, cu_q, cu_k, cu_chunk, mem_k, mem_v, mem_slot, mem_len, mem_bias, head_map,
-              scale=scale, max_q=max_q, max_k=max_k, max_chunk=max_chunk)  # fmt: skip
+              scale, max_q, max_k, max_chunk)  # fmt: skip

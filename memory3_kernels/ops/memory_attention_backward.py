@@ -178,6 +178,5 @@ def memory_attention_backward(
     Raises:
         RuntimeError: as memory_attention; an input requires a gradient.
     """
-    sizes = {"scale": scale, "max_q": max_q, "max_k": max_k, "max_chunk": max_chunk}
     return OP(grad_out, grad_lse, out, lse, q, k, v, cu_q, cu_k, cu_chunk, mem_k, mem_v, mem_slot, mem_len, mem_bias,
-              head_map, memory_grad=memory_grad, **sizes)  # fmt: skip
+              head_map, memory_grad, scale, max_q, max_k, max_chunk)  # fmt: skip

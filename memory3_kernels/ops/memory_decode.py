@@ -196,4 +196,4 @@ def memory_decode(
             is out of its range.
     """
     return OP(q, k_cache, v_cache, kv_len, block_table, cu_q, mem_k, mem_v, mem_slot, mem_len, mem_bias, head_map,
-              scale=scale, max_q=max_q, max_kv=max_kv)  # fmt: skip
+              scale, max_q, max_kv)  # fmt: skip

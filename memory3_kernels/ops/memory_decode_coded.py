@@ -168,4 +168,4 @@ def memory_decode_coded(
             is out of its range.
     """
     return OP(q, k_cache, v_cache, kv_len, block_table, cu_q, mem_k_codes, mem_v_codes, mem_slot, mem_len, mem_bias,
-              head_map, *k_book, *v_book, tokens=tokens, scale=scale, max_q=max_q, max_kv=max_kv)  # fmt: skip
+              head_map, *k_book, *v_book, tokens, scale, max_q, max_kv)  # fmt: skip

@@ -135,7 +135,4 @@ def packed_linear(x: Tensor, weight: PackedWeight, out_dtype: torch.dtype | None
     Raises:
         RuntimeError: shapes or dtypes do not match, or x requires a gradient.
     """
-    return OP(
-        x, weight.data, format=weight.format, activations=weight.activations, rows=weight.rows,
-        out_dtype=out_dtype or x.dtype,
-    )  # fmt: skip
+    return OP(x, weight.data, weight.format, weight.activations, weight.rows, out_dtype or x.dtype)

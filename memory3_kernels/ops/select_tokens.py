@@ -245,4 +245,4 @@ def select_tokens(
         RuntimeError: shapes, dtypes or strides do not match, a length lies outside 0..T, an unknown rule, or q or k
             requires a gradient (a choice has none: detach them).
     """
-    return OP(q, k, length, tokens=tokens, start=start, scale=scale, rule=rule)
+    return OP(q, k, length, tokens, start, scale, rule)
