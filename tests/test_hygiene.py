@@ -16,13 +16,12 @@ PYTHON = [p for name in PACKAGES for p in sorted((ROOT / name).rglob("*.py"))]
 NATIVE = sorted(p for p in CSRC.rglob("*") if p.suffix in (".cpp", ".h", ".c", ".map", ".cu", ".cuh"))
 HEADERS = sorted((CSRC / "include").rglob("*.h"))
 LIMIT = 600
+BINDINGS = ("torch", "python", "numpy")  # folders of csrc that are not the core
 
 
 def name_of(path: Path) -> str:
     return str(path.relative_to(ROOT))
 
-
-BINDINGS = ("torch", "python", "numpy")
 
 
 def folder_of(path: Path) -> str:

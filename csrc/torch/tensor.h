@@ -196,25 +196,25 @@ inline Tensor as_contiguous(const Tensor& t) {
   return t.is_contiguous() ? t.borrow() : Tensor(torch::stable::contiguous(t));
 }
 
-// Header, sizes, strides and values in one allocation, uninitialised and contiguous.
+// Header, sizes, strides and values in one allocation, uninitialised and contiguous. By malloc: aligned_alloc of glibc
+// leaves out the thread's own cache of small pieces.
 inline dlpack::Managed* new_block(torch::headeronly::IntHeaderOnlyArrayRef shape, ScalarType type) {
-  constexpr size_t kAlign = 64;
-  const auto aligned = [](size_t bytes) { return (bytes + kAlign - 1) / kAlign * kAlign; };
-  const size_t dims = shape.size(), head = aligned(sizeof(dlpack::Managed) + 2 * dims * sizeof(int64_t));
+  constexpr uintptr_t kAlign = 64;
+  const size_t dims = shape.size(), head = sizeof(dlpack::Managed) + 2 * dims * sizeof(int64_t);
   const dlpack::Dtype dtype = dlpack_of_type(type);
   size_t values = 1;
   for (size_t i = 0; i < dims; ++i) values *= static_cast<size_t>(shape[i]);
-  char* memory = static_cast<char*>(std::aligned_alloc(kAlign, head + aligned(values * dtype.bits / 8)));
-  STD_TORCH_CHECK(memory, "no memory for ", values, " values");
-  auto* block = reinterpret_cast<dlpack::Managed*>(memory);
+  auto* block = static_cast<dlpack::Managed*>(std::malloc(head + kAlign - 1 + values * dtype.bits / 8));
+  STD_TORCH_CHECK(block, "no memory for ", values, " values");
   int64_t *sizes = reinterpret_cast<int64_t*>(block + 1), *strides = sizes + dims;
   int64_t stride = 1;
   for (size_t i = dims; i-- > 0;) {
     sizes[i] = shape[i], strides[i] = stride;
     stride *= shape[i] > 1 ? shape[i] : 1;
   }
+  void* data = reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(block) + head + kAlign - 1) / kAlign * kAlign);
   *block = {{1, 0}, nullptr, [](dlpack::Managed* own) { std::free(own); }, 0,
-            {memory + head, {dlpack::kCpu, 0}, static_cast<int32_t>(dims), dtype, sizes, strides, 0}};
+            {data, {dlpack::kCpu, 0}, static_cast<int32_t>(dims), dtype, sizes, strides, 0}};
   return block;
 }
 
