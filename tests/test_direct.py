@@ -229,3 +229,10 @@ def test_arguments_by_position_and_by_name():
         for backend in (None, "reference"):
             with pytest.raises((TypeError, RuntimeError)), use_backend(backend) if backend else nullcontext():
                 wrong()
+
+
+def test_a_trace_records_the_call():
+    traced = torch.jit.trace(lambda k, v, index: gather_memory(k, v, index) * 2, gather_args())
+    assert "gather_memory" in str(traced.graph)
+    k, v, index = gather_args()
+    assert torch.equal(traced(v, k, index), gather_memory(v, k, index) * 2)

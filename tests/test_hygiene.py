@@ -23,7 +23,6 @@ def name_of(path: Path) -> str:
     return str(path.relative_to(ROOT))
 
 
-
 def folder_of(path: Path) -> str:
     return path.relative_to(CSRC).parts[0]
 

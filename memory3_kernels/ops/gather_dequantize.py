@@ -135,5 +135,5 @@ def gather_dequantize(
     """
     rot = book.rot if rotate else None
     if dtype is torch.float64:
-        return reference(codes, slots, book.coarse, book.fine, rot, tokens, dtype)
-    return OP(codes, slots, book.coarse, book.fine, rot, tokens=tokens, dtype=dtype)
+        return reference(codes, slots, book.coarse, book.fine, rot, tokens=tokens, dtype=dtype)
+    return OP(codes, slots, book.coarse, book.fine, rot, tokens, dtype)

@@ -123,5 +123,5 @@ def vq_dequantize(codes: Tensor, book: Book, dtype: torch.dtype = torch.float32)
         RuntimeError: shapes or dtypes do not match, or a table requires a gradient.
     """
     if dtype is torch.float64:
-        return reference(codes, book.coarse, book.fine, book.rot, dtype)
-    return OP(codes, book.coarse, book.fine, book.rot, dtype=dtype)
+        return reference(codes, book.coarse, book.fine, book.rot, dtype=dtype)
+    return OP(codes, book.coarse, book.fine, book.rot, dtype)
