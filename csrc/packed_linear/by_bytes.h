@@ -106,7 +106,7 @@ struct ByBytes {
   template <class W>
   struct Panel {
     static constexpr int kTiles = 4, kBlocks = 8;
-    static constexpr int kStep = 6;  // rows of x that are multiplied by it at once
+    static constexpr int kStep = 3;  // rows of x that are multiplied by it at once: all their sums are registers
 
     alignas(64) U32 quads[kBlocks][2 * kEights][kTiles];
     alignas(64) F32 scale[kBlocks][kTiles], shift[kBlocks][kTiles];
@@ -149,6 +149,11 @@ struct ByBytes {
       const int64_t total = p.weight.cols / M3_PACKED_COLS;
       const int8_t* const x = row_of(p, row);
       const float *scales = p.scales + row * total + first, *sums = p.sums + row * total + first;
+      F32 whole[Rows][Tiles];
+#pragma GCC unroll 8
+      for (int m = 0; m < Rows; ++m)
+#pragma GCC unroll 4
+        for (int v = 0; v < Tiles; ++v) whole[m][v] = load(sum + m * pitch + v * kLanes);
       for (int64_t b = 0; b < blocks; ++b) {
         I32 part[Rows][Tiles] = {};
 #pragma GCC unroll 8
@@ -169,12 +174,14 @@ struct ByBytes {
 #pragma GCC unroll 8
         for (int m = 0; m < Rows; ++m)
 #pragma GCC unroll 4
-          for (int v = 0; v < Tiles; ++v) {
-            float* const to = sum + m * pitch + v * kLanes;
-            store(to, add_block<W>(load(to), part[m][v], scale[b][v], shift[b][v], scales[m * total + b],
-                                   sums[m * total + b]));
-          }
+          for (int v = 0; v < Tiles; ++v)
+            whole[m][v] = add_block<W>(whole[m][v], part[m][v], scale[b][v], shift[b][v], scales[m * total + b],
+                                       sums[m * total + b]);
       }
+#pragma GCC unroll 8
+      for (int m = 0; m < Rows; ++m)
+#pragma GCC unroll 4
+        for (int v = 0; v < Tiles; ++v) store(sum + m * pitch + v * kLanes, whole[m][v]);
     }
 
     template <int Tiles>
