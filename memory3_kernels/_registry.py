@@ -66,6 +66,10 @@ class Cost:
     flops: int
 
 
+class Missing:
+    """Stands for an argument that a call must give: the dispatcher refuses it, naming the argument."""
+
+
 @dataclass(frozen=True)
 class Op:
     """The whole contract of an operator.
@@ -97,15 +101,23 @@ class Op:
     backward: Callable | None = None
     compare: Callable | None = None
     mutates: tuple[int, ...] = ()
-    overload: Callable = field(init=False, repr=False)
-    # The same kernels in `memory3_forward`, without autograd's, by position: names take the dispatcher long.
-    # `names`: of all arguments, the first `plain` of them not by keyword alone; `defaults`: for those left out.
-    forward: Callable = field(init=False, repr=False)
+    # Of all arguments of the schema, the first `plain` of them not by keyword alone; `defaults`: for those left out.
     names: tuple[str, ...] = field(init=False, repr=False)
     plain: int = field(init=False, repr=False)
     defaults: tuple = field(init=False, repr=False)
+    # From here on by register(). `forward`: the same kernels in `memory3_forward`, without autograd's, by position:
+    # names take the dispatcher long.
+    overload: Callable = field(init=False, repr=False)
+    forward: Callable = field(init=False, repr=False)
     # The CPU kernel past the dispatcher, where the call is plain enough; NotImplemented where it is not.
     direct: Callable = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        arguments = torch._C.parse_schema(f"{NAMESPACE}::{self.name}{self.schema}").arguments
+        put = partial(object.__setattr__, self)
+        put("names", tuple(sys.intern(a.name) for a in arguments))  # as the names in calls are
+        put("plain", sum(not a.kwarg_only for a in arguments))
+        put("defaults", tuple(a.default_value if a.has_default_value() else Missing for a in arguments))
 
     def __call__(self, *args, **kwargs):
         """Calls the op: straight, through the dispatcher, or a forced backend (`_backends.use_backend`).
@@ -218,16 +230,8 @@ def register(op: Op) -> Op:
     return op
 
 
-class Missing:
-    """Stands for an argument that a call must give: the dispatcher refuses it, naming the argument."""
-
-
 def _register_forward(op: Op) -> None:
-    arguments = op.overload._schema.arguments
     put = partial(object.__setattr__, op)
-    put("names", tuple(sys.intern(a.name) for a in arguments))  # as the names in calls are
-    put("plain", sum(not a.kwarg_only for a in arguments))
-    put("defaults", tuple(a.default_value if a.has_default_value() else Missing for a in arguments))
     _forward_library.define(op.name + re.sub(r"=None|\*, ", "", op.schema))
     _forward_library.impl(op.name, _by_position(op, op.reference), "CompositeExplicitAutograd")
     _forward_library.impl(op.name, torch.library.fallthrough_kernel, "Autograd")

@@ -231,6 +231,7 @@ def test_arguments_by_position_and_by_name():
                 wrong()
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.trace:DeprecationWarning")
 def test_a_trace_records_the_call():
     traced = torch.jit.trace(lambda k, v, index: gather_memory(k, v, index) * 2, gather_args())
     assert "gather_memory" in str(traced.graph)
