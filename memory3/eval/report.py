@@ -134,7 +134,7 @@ def draw(rows: Sequence[dict[str, Any]], file: Path, title: str) -> None:
         axis.set_xlabel("nats/token", fontsize=7)
     first = np.atleast_1d(axes)[0]
     first.set_yticks(range(len(arms)), arms)
-    first.invert_yaxis()
+    first.set_ylim(len(arms) - 0.5, -0.5)  # the first arm on top
     figure.suptitle(title, fontsize=9)
     figure.savefig(file, dpi=110)
     plt.close(figure)
