@@ -183,8 +183,9 @@ def build(
         import pybind11
 
         python = ["-isystem", sysconfig.get_paths()["include"]]
-        objects = [ninja.compile(CSRC / "python" / "direct.cpp", [*common, *python, "-fno-exceptions"])]
-        ninja.link(package_dir.resolve() / "_direct.abi3.so", objects, ["-static-libstdc++", "-static-libgcc"])
+        if not sysconfig.get_config_var("Py_GIL_DISABLED"):  # such a Python has no limited API: ops take the dispatcher
+            objects = [ninja.compile(CSRC / "python" / "direct.cpp", [*common, *python, "-fno-exceptions"])]
+            ninja.link(package_dir.resolve() / "_direct.abi3.so", objects, ["-static-libstdc++", "-static-libgcc"])
         sources = sorted((CSRC / "numpy").glob("*.cpp"))
         flags = [*binding, "-isystem", pybind11.get_include(), *python]
         objects = [ninja.compile(source, flags) for source in sources]
