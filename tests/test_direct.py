@@ -10,11 +10,12 @@ from contextlib import nullcontext
 from unittest import mock
 
 import pytest
+import test_ops
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_leaves
 
 from bench.dispatch import complete
 from memory3_kernels import _load, gather_memory, scatter_memory, use_backend
@@ -24,13 +25,6 @@ if os.environ.get("M3_NATIVE", "1") == "0":
     pytest.skip("M3_NATIVE=0: this run covers the references", allow_module_level=True)
 
 GATHER = OPS["gather_memory"]
-
-
-def grid():
-    for op in OPS.values():
-        for case in op.cases():
-            for dtype in () if case.slow else op.dtypes:
-                yield pytest.param(op, case, dtype, id=f"{op.name}-{case.id}-{str(dtype).removeprefix('torch.')}")
 
 
 def gather_args(**options) -> tuple[Tensor, Tensor, Tensor]:
@@ -54,10 +48,10 @@ def test_it_is_there():
     assert _load.direct_reason() is None
 
 
-@pytest.mark.parametrize("op, case, dtype", list(grid()))
+@pytest.mark.parametrize("op, case, dtype", test_ops.grid())
 def test_results_are_the_dispatchers(op, case, dtype):
-    made = case.make(dtype, torch.Generator().manual_seed(1))
-    args, args_too = (complete(op, *tree_map_only(Tensor, torch.clone, made)) for _ in range(2))
+    made = test_ops.make(case, dtype)
+    args, args_too = (complete(op, *test_ops.clone(made)) for _ in range(2))
     direct = op.direct(*args)
     assert direct is not NotImplemented
     dispatched = op.forward(*args_too)

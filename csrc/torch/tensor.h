@@ -196,6 +196,15 @@ inline Tensor as_contiguous(const Tensor& t) {
   return t.is_contiguous() ? t.borrow() : Tensor(torch::stable::contiguous(t));
 }
 
+// The strides of a contiguous tensor.
+inline void set_contiguous(int64_t* strides, torch::headeronly::IntHeaderOnlyArrayRef shape) {
+  int64_t stride = 1;
+  for (size_t i = shape.size(); i-- > 0;) {
+    strides[i] = stride;
+    stride *= shape[i] > 1 ? shape[i] : 1;
+  }
+}
+
 // Header, sizes, strides and values in one allocation, uninitialised and contiguous. By malloc: aligned_alloc of glibc
 // leaves out the thread's own cache of small pieces.
 inline dlpack::Managed* new_block(torch::headeronly::IntHeaderOnlyArrayRef shape, ScalarType type) {
@@ -207,11 +216,8 @@ inline dlpack::Managed* new_block(torch::headeronly::IntHeaderOnlyArrayRef shape
   auto* block = static_cast<dlpack::Managed*>(std::malloc(head + kAlign - 1 + values * dtype.bits / 8));
   STD_TORCH_CHECK(block, "no memory for ", values, " values");
   int64_t *sizes = reinterpret_cast<int64_t*>(block + 1), *strides = sizes + dims;
-  int64_t stride = 1;
-  for (size_t i = dims; i-- > 0;) {
-    sizes[i] = shape[i], strides[i] = stride;
-    stride *= shape[i] > 1 ? shape[i] : 1;
-  }
+  for (size_t i = 0; i < dims; ++i) sizes[i] = shape[i];
+  set_contiguous(strides, shape);
   void* data = reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(block) + head + kAlign - 1) / kAlign * kAlign);
   *block = {{1, 0}, nullptr, [](dlpack::Managed* own) { std::free(own); }, 0,
             {data, {dlpack::kCpu, 0}, static_cast<int32_t>(dims), dtype, sizes, strides, 0}};
@@ -228,11 +234,7 @@ inline Tensor empty_at(torch::headeronly::IntHeaderOnlyArrayRef shape, ScalarTyp
   const size_t dims = shape.size();
   STD_TORCH_CHECK(dims <= kMost, "a result of ", dims, " dimensions: expected at most ", kMost);
   int64_t strides[kMost];
-  int64_t stride = 1;
-  for (size_t i = dims; i-- > 0;) {
-    strides[i] = stride;
-    stride *= shape[i] > 1 ? shape[i] : 1;
-  }
+  set_contiguous(strides, shape);
   AtenTensorHandle made;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(dims), shape.data(), strides,
                                                          shim_dtype(type), device_type, device_index, &made));

@@ -1,7 +1,5 @@
 #include <torch/csrc/stable/ops.h>
 
-#include <vector>
-
 #include "torch/cuda/attention_values.h"
 #include "torch/memory_attention_backward_args.h"
 
@@ -10,9 +8,8 @@ namespace {
 
 // Contiguous zeros in the shape of `like`, or a tensor of no elements.
 Tensor zeros_beside(const Tensor& q, const MaybeTensor& like, ScalarType type) {
-  std::vector<int64_t> shape;
-  for (int64_t i = 0; like && i < like->dim(); ++i) shape.push_back(like->size(i));
-  if (!like) shape.push_back(0);
+  const int64_t none = 0;
+  const torch::headeronly::IntHeaderOnlyArrayRef shape = like ? like->sizes() : decltype(like->sizes())(&none, 1);
   const Tensor made = empty_at(shape, type, device_type(q), device_index(q));
   torch::stable::Tensor zeroed = made;
   torch::stable::zero_(zeroed);
